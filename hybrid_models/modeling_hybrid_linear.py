@@ -1,0 +1,463 @@
+"""The model: a pre-norm decoder whose layers are linear attention or full attention, as ``config.layer_types`` says.
+
+    >>> import torch
+    >>> from hybrid_models import HybridLinearConfig, HybridLinearForCausalLM
+    >>> config = HybridLinearConfig(mixer="gla", ratio="3-1", hidden_size=64, num_hidden_layers=3, vocab_size=100)
+    >>> model = HybridLinearForCausalLM(config)
+    >>> model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None).shape
+    torch.Size([1, 7])
+
+What the linear layers compute stands in ``mixers`` (projections, gates) and ``recurrence`` (the law), what they remember
+in ``cache``, and how padding and packing reach them in ``layout``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward, rotate_half
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache import adopt
+from .configuration_hybrid_linear import HybridLinearConfig
+from .decoding import HybridGenerationMixin
+from .layout import (
+    TokenLayout,
+    create_masks,
+    mask_key,
+    read_packing,
+    read_padding,
+    refuse_restarts,
+    repeat_last_valid,
+)
+from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32, LinearAttention, full_precision
+
+RETNET_ROPE_THETA = 10000.0
+
+
+class RotaryPositions(KeepsFloat32):
+    """cos and sin [1 or B, T, head_dim] of ``position_ids``, in float32 (float64 in a float64 model).
+
+    Args:
+        rope_parameters: transformers' dictionary; any of its rope types.
+        head_dim: channels that are turned, in pairs j and j + head_dim / 2.
+    """
+
+    def __init__(self, config: HybridLinearConfig, rope_parameters: dict, head_dim: int):
+        super().__init__()
+        self.rope_parameters, self.head_dim = dict(rope_parameters), head_dim
+        self.rope_type = self.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        if self.rope_type != "default":  # the library's functions read the configuration of a whole model
+            self.config = type(config)(
+                hidden_size=head_dim,
+                num_attention_heads=1,
+                rope_parameters=self.rope_parameters,
+                max_position_embeddings=config.max_position_embeddings,
+            )
+        inv_freq, self.attention_scaling = self.initial_frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def initial_frequencies(self) -> tuple[torch.Tensor, float]:
+        if self.rope_type != "default":
+            return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        return 1.0 / self.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        half = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)
+        angles = torch.cat((half, half), -1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+class HybridLinearAttention(nn.Module):
+    """Causal softmax attention with rotary positions, through transformers' attention interface.
+
+    ``config`` is the layer's own (``per_layer_config``): layers may differ in heads, biases, window and rotary base.
+    """
+
+    def __init__(self, config: HybridLinearConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window
+        self.is_causal = True
+        query_width, key_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = (p[:, None] for p in position_embeddings)
+        q, k = ((full_precision(x) * cos + rotate_half(full_precision(x)) * sin).to(v.dtype) for x in (q, k))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        # The implementation may be switched on the model's config after construction, which the layer's config shares.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        o, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(o.flatten(2)), weights
+
+
+class HybridLinearDecoderLayer(GradientCheckpointingLayer):
+    """h + mixer(norm(h)), then h + mlp(norm(h)); the mixer is ``linear_attn`` or ``self_attn``."""
+
+    def __init__(self, config: HybridLinearConfig, layer_idx: int):
+        super().__init__()
+        if config.layer_types[layer_idx] == "linear_attention":
+            self.linear_attn = MIXER_CLASSES[config.mixers[layer_idx]](config, layer_idx)
+        else:
+            layer_config = config.per_layer_config[layer_idx] if config.is_heterogeneous else config
+            self.self_attn = HybridLinearAttention(layer_config, layer_idx)
+        self.mlp = LlamaMLP(_MlpConfig(config))
+        self.input_layernorm = HybridLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HybridLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        layout: TokenLayout | None = None,
+        lower_bounds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        if hasattr(self, "linear_attn"):
+            mixed = self.linear_attn(normed, past_key_values, layout, position_embeddings, lower_bounds)
+        else:
+            mixed, _ = self.self_attn(normed, attention_mask, position_embeddings, past_key_values, **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class _MlpConfig:
+    """LlamaMLP reads ``mlp_bias``, which this family does not have."""
+
+    mlp_bias = False
+
+    def __init__(self, config):
+        self.hidden_size, self.intermediate_size = config.hidden_size, config.intermediate_size
+        self.hidden_act = config.hidden_act
+
+
+class HybridLinearPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = HybridLinearConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridLinearDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The recurrent state can be rolled back exactly (cache.RecurrentLayer.crop), so assisted decoding is allowed.
+    _is_stateful = False
+    _can_record_outputs = {"hidden_states": HybridLinearDecoderLayer, "attentions": HybridLinearAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, GatedDeltaNet):
+            module.init_decay()
+        elif isinstance(module, RotaryPositions):
+            frequencies, _ = module.initial_frequencies()
+            init.copy_(module.inv_freq, frequencies)
+            init.copy_(module.original_inv_freq, frequencies)
+        elif isinstance(module, HybridLinearModel) and module.lower_bounds is not None:
+            init.zeros_(module.lower_bounds)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the checkpoint also carries its code, for every Auto class that this family serves."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: HybridLinearConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(HybridLinearDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = HybridLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mask_keys = [mask_key(layer, kind) for layer, kind in zip(config.per_layer_config, config.layer_types)]
+        self._build_rotary_embeddings(config)
+
+        # Bounds of the forget gate, one row per layer, attention layers' rows included. Layer 0 has none.
+        bounded = [i for i in self._linear_layers() if i > 0 and config.mixers[i] in ("hgrn", "hgrn2")]
+        self.lower_bounds = None
+        if bounded and config.linear_use_lower_bound:
+            dims = config.linear_dims(bounded[0])
+            width = dims.value_head_dim if config.mixers[bounded[0]] == "hgrn" else dims.num_heads * dims.key_head_dim
+            self.lower_bounds = nn.Parameter(torch.zeros(config.num_hidden_layers, width, dtype=torch.float32))
+        names = {name for name in ("A_log", "dt_bias", "lower_bounds") if any(name in n for n, _ in self.named_parameters())}
+        self._keep_in_fp32_modules_strict = names
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _linear_layers(self) -> list[int]:
+        return [i for i, kind in enumerate(self.config.layer_types) if kind == "linear_attention"]
+
+    def _build_rotary_embeddings(self, config: HybridLinearConfig) -> None:
+        """One module per distinct rotary embedding; ``rotary_index[i]`` is layer i's, None for a layer without."""
+        self.rotary_embs, self.rotary_index, known = nn.ModuleList(), [], []
+        for i, (layer, kind) in enumerate(zip(config.per_layer_config, config.layer_types)):
+            if kind == "full_attention":
+                wanted = (dict(layer.rope_parameters), layer.head_dim)
+            elif config.mixers[i] == "retnet":
+                theta = {"rope_type": "default", "rope_theta": RETNET_ROPE_THETA}
+                wanted = (theta, config.linear_dims(i).key_head_dim)
+            else:
+                self.rotary_index.append(None)
+                continue
+            if wanted not in known:
+                known.append(wanted)
+                self.rotary_embs.append(RotaryPositions(config, *wanted))
+            self.rotary_index.append(known.index(wanted))
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, T]; exactly one of this and inputs_embeds [B, T, d].
+            attention_mask: [B, past + T] with 1 at tokens and 0 at padding, on either side or in between. Padded
+                columns change nothing; their outputs repeat the last token before them.
+            position_ids: [1 or B, T]. Default: the number of tokens before, padding not counted. Where they restart,
+                without a cache, a new document begins (packing); ``cu_seq_lens_q`` and ``seq_idx`` say the same.
+            past_key_values: any transformers cache of this configuration; changed in place.
+
+        Raises:
+            ValueError: inputs that this model cannot compute exactly; the message says what to do instead.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        B, T = inputs_embeds.shape[:2]
+
+        adopt(past_key_values, self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        masks, padding, reset, position_ids = self._read_inputs(
+            inputs_embeds, attention_mask, position_ids, past_key_values, past, kwargs
+        )
+        if use_cache and past_key_values is None and reset is None:
+            past_key_values = DynamicCache(config=self.config)
+            adopt(past_key_values, self.config)
+
+        layout = TokenLayout() if padding is None else TokenLayout.from_mask(padding)
+        layout = layout._replace(reset=reset)
+        rotary = [rotary_emb(inputs_embeds, position_ids) for rotary_emb in self.rotary_embs]
+        hidden_states = inputs_embeds
+        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            index = self.rotary_index[i]
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks.get(self.mask_keys[i]),
+                position_embeddings=None if index is None else rotary[index],
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                layout=layout,
+                lower_bounds=self.lower_bounds,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        if padding is not None:
+            hidden_states = repeat_last_valid(hidden_states, padding)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _read_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values, past, kwargs):
+        """Masks per kind of layer, padding [B, T], document starts [B, T] and positions, from whatever was sent."""
+        B, T = inputs_embeds.shape[:2]
+        masks, padding, reset, full_padding = None, None, None, None
+        if isinstance(attention_mask, dict):  # made by create_masks, ahead of a compiled step
+            masks, padding = attention_mask, attention_mask.get("linear_attention")
+        elif attention_mask is not None and (attention_mask.dim() != 4 or self._linear_layers()):
+            full_padding = read_padding(attention_mask, B, T, past)
+            attention_mask = full_padding
+            if full_padding is not None and (is_tracing(full_padding) or not full_padding[:, -T:].all()):
+                padding = full_padding[:, -T:]
+
+        cu_seq_lens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+        if masks is None and attention_mask is None and past_key_values is None:
+            reset, position_ids = read_packing(position_ids, cu_seq_lens, seq_idx, B, T)
+        elif cu_seq_lens is not None or seq_idx is not None:
+            raise ValueError(
+                "cu_seq_lens_q and seq_idx describe packed documents, which do not go with a cache or with padding: pass "
+                "use_cache=False, no past_key_values and no attention_mask."
+            )
+        elif masks is None and position_ids is not None:
+            refuse_restarts(position_ids, padding, B)
+
+        if position_ids is None and full_padding is not None:
+            position_ids = (full_padding.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
+        elif position_ids is None:
+            position_ids = (torch.arange(T, device=inputs_embeds.device) + past)[None]
+        if masks is None:
+            masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return masks, padding, reset, position_ids
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        if is_tracing(input_ids) or not input_ids.numel():
+            return
+        low, high = input_ids.aminmax()
+        size = self.embed_tokens.num_embeddings
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"input_ids holds {int(low) if low < 0 else int(high)}, outside the vocabulary of {size}: check that the "
+                "tokenizer belongs to this model, or call resize_token_embeddings."
+            )
+
+
+class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: HybridLinearConfig):
+        super().__init__(config)
+        self.model = HybridLinearModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As ``HybridLinearModel.forward``, and:
+
+        Args:
+            labels: [B, T], shifted inside; -100 is ignored.
+            logits_to_keep: the last so many columns (0: all), or a 1-D tensor of columns.
+
+        Returns:
+            logits [B, T, vocab], loss, past_key_values.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class HybridLinearForSequenceClassification(GenericForSequenceClassification, HybridLinearPreTrainedModel):
+    """The decoder with a classification head on the last token."""
+
+
+class HybridLinearForTokenClassification(GenericForTokenClassification, HybridLinearPreTrainedModel):
+    """The decoder with a classification head on every token."""
+
+
+class HybridLinearForQuestionAnswering(GenericForQuestionAnswering, HybridLinearPreTrainedModel):
+    """The decoder with a span head."""
+
+
+AUTO_MAP = {"AutoConfig": "configuration_hybrid_linear.HybridLinearConfig"} | {
+    auto_class: f"modeling_hybrid_linear.{name}"
+    for auto_class, name in {
+        "AutoModel": "HybridLinearModel",
+        "AutoModelForCausalLM": "HybridLinearForCausalLM",
+        "AutoModelForSequenceClassification": "HybridLinearForSequenceClassification",
+        "AutoModelForTokenClassification": "HybridLinearForTokenClassification",
+        "AutoModelForQuestionAnswering": "HybridLinearForQuestionAnswering",
+    }.items()
+}
+
+__all__ = [
+    "HybridLinearForCausalLM",
+    "HybridLinearForQuestionAnswering",
+    "HybridLinearForSequenceClassification",
+    "HybridLinearForTokenClassification",
+    "HybridLinearModel",
+    "HybridLinearPreTrainedModel",
+]
