@@ -226,15 +226,14 @@ def _chunk_matrix(q, k, v, log_decay, beta, state, scale, reset):
     if beta is not None:
         o, state = _delta_rule(q, k, v, b, beta, state, q_in, k_out, state_decay, segments)
     else:
-        written = k_out.transpose(-1, -2) @ v
-        at_start = []
-        for n in range(N):
-            at_start.append(state)
-            state = written[:, :, n] + (state if state_decay is None else state * state_decay[:, :, n])
+        at_start, state = _carry_states(k_out.transpose(-1, -2) @ v, state_decay, state)
         if q is None:
             return None, state
-        inside = _pairs_by_halves(q, k, v, b, segments) if per_channel else _pairs(q, k, b, segments) @ v
-        o = inside + q_in @ torch.stack(at_start, 2)
+        if per_channel:
+            o = _pairs_by_halves(q, k, v, b, segments)
+        else:
+            o = ((q @ k.transpose(-1, -2)) * _pair_decay(b, k, segments)) @ v
+        o = o + q_in @ at_start
     return (None if o is None else o.movedim(1, 3).flatten(1, 2)[:, :T]), state
 
 
@@ -254,25 +253,32 @@ class _Segments:
         state_decay = keeps.to(k_out.dtype) if state_decay is None else state_decay * keeps
         return q_in, k_out * last[..., None], state_decay
 
-    def same(self, rows=slice(None), columns=slice(None)):
+    def same(self):
         """[B, 1, N, C, C] True where two tokens are of one document."""
-        return self.ids[..., rows, None] == self.ids[..., None, columns]
+        return self.ids[..., :, None] == self.ids[..., None, :]
 
 
-def _causal(C: int, device, diagonal: int = 0) -> torch.Tensor:
-    return torch.ones(C, C, dtype=torch.bool, device=device).tril(diagonal)
+def _carry_states(written, state_decay, state):
+    """States [B, H, N, K, V] at every chunk's start, and after the last, from what each chunk writes."""
+    decays = [None] * written.shape[2] if state_decay is None else state_decay.unbind(2)
+    at_start = []
+    # unbind, not indexing: the gradient of n slices is n tensors of full size, and the step quadratic in length.
+    for write, decay in zip(written.unbind(2), decays, strict=True):
+        at_start.append(state)
+        state = write + (state if decay is None else state * decay)
+    return torch.stack(at_start, 2), state
 
 
-def _pairs(q, k, b, segments, diagonal: int = 0):
-    """Scores [B, H, N, C, C] of tokens i on tokens j <= i + diagonal of the same chunk, decayed from j to i."""
-    keep = _causal(k.shape[-2], k.device, diagonal)
+def _pair_decay(b, k, segments):
+    """[B, H, N, C, C] decay from token j to token i >= j of a chunk; 0 for j > i or another document."""
+    C = k.shape[-2]
+    keep = torch.ones(C, C, dtype=torch.bool, device=k.device).tril()
     if segments.ids is not None:
         keep = keep & segments.same()
-    scores = q @ k.transpose(-1, -2)
     if b is None:
-        return scores.masked_fill(~keep, 0.0)
+        return keep.to(k.dtype)
     # Masked before exp: above the diagonal the exponent is positive and may overflow, and 0 * inf is not 0.
-    return scores * (b[..., :, None] - b[..., None, :]).masked_fill(~keep, float("-inf")).exp()
+    return (b[..., :, None] - b[..., None, :]).masked_fill(~keep, float("-inf")).exp()
 
 
 def _pairs_by_halves(q, k, v, b, segments):
@@ -312,25 +318,25 @@ def _delta_rule(q, k, v, b, beta, state, q_in, k_out, state_decay, segments):
     the Neumann series of the inverse overflows.
     """
     k_beta = k * beta[..., None]
-    system = _pairs(k_beta, k, b, segments, diagonal=-1)
     k_in = k_beta if b is None else k_beta * b.exp()[..., None]
     k_in, _, _ = segments.carry(k_in, k_out, state_decay)
-    solved = torch.linalg.solve_triangular(
-        system, torch.cat((v * beta[..., None], k_in), -1), upper=False, unitriangular=True
-    )
-    u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
-    k_out = k_out.transpose(-1, -2)
+    pair_decay = _pair_decay(b, k, segments)
+    # The solver reads the strictly lower triangle only.
+    system = (k_beta @ k.transpose(-1, -2)) * pair_decay
+    right = torch.cat((v * beta[..., None], k_in), -1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = (x.unbind(2) for x in solved.split((v.shape[-1], k.shape[-1]), -1))
+    k_out = k_out.transpose(-1, -2).unbind(2)
+    decays = [None] * len(u) if state_decay is None else state_decay.unbind(2)
     writes, at_start = [], []
-    for n in range(k.shape[2]):
-        write = u[:, :, n] - w[:, :, n] @ state
-        writes.append(write)
+    for n, decay in enumerate(decays):
         at_start.append(state)
-        kept = state if state_decay is None else state * state_decay[:, :, n]
-        state = kept + k_out[:, :, n] @ write
+        writes.append(u[n] - w[n] @ state)
+        state = (state if decay is None else state * decay) + k_out[n] @ writes[n]
     if q is None:
         return None, state
-    o = _pairs(q, k, b, segments) @ torch.stack(writes, 2) + q_in @ torch.stack(at_start, 2)
-    return o, state
+    scores = (q @ k.transpose(-1, -2)) * pair_decay
+    return scores @ torch.stack(writes, 2) + q_in @ torch.stack(at_start, 2), state
 
 
 # --------------------------------------------------------------------------------------------------- chunk, vector state
