@@ -30,6 +30,10 @@ from transformers.cache_utils import (
 
 from .kernels import recurrence
 
+# Tokens that stay undoable after a crop. An assistant with a tokenizer of its own spells the text anew every round and
+# may take back some of what it had settled in earlier ones: generate() looks back 10 tokens unless told otherwise.
+TOKENS_KEPT_UNDOABLE = 32
+
 
 @dataclass
 class Segment:
@@ -51,17 +55,22 @@ class Segment:
             if isinstance(value, torch.Tensor):
                 setattr(self, field.name, function(value))
 
-    def replay(self, keep: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """State and convolution window after the first ``keep`` columns."""
-        rows = self.v.shape[0]
-        if self.counts is None:
-            kept = torch.full((rows,), keep, device=self.v.device)
-        else:
-            kept = self.counts[:, keep - 1] if keep else self.counts.new_zeros(rows)
-        valid = torch.arange(keep, device=self.v.device) < kept[:, None]
-        inputs = (None if x is None else x[:, :keep] for x in (self.k, self.v, self.log_decay, self.beta))
-        _, state = recurrence(None, *inputs, self.state, valid=None if self.counts is None else valid)
-        return state, None if self.conv_inputs is None else conv_window(self.conv_inputs, kept, self.tokens)
+    def head(self, tokens: int) -> Segment:
+        """The segment of a forward that had seen the first ``tokens`` columns alone."""
+        k, v, log_decay, beta, counts = (
+            None if x is None else x[:, :tokens] for x in (self.k, self.v, self.log_decay, self.beta, self.counts)
+        )
+        conv_inputs = None if self.conv_inputs is None else self.conv_inputs[:, : tokens - self.tokens]
+        return Segment(tokens, self.state, k, v, log_decay, beta, conv_inputs, counts)
+
+    def replay(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """State and convolution window after the segment."""
+        lengths = valid = None
+        if self.counts is not None:
+            lengths = self.counts[:, -1]
+            valid = torch.arange(self.tokens, device=lengths.device) < lengths[:, None]
+        _, state = recurrence(None, self.k, self.v, self.log_decay, self.beta, self.state, valid=valid)
+        return state, None if self.conv_inputs is None else conv_window(self.conv_inputs, lengths, self.tokens)
 
 
 def conv_window(inputs: torch.Tensor, lengths: torch.Tensor | None, tokens: int) -> torch.Tensor:
@@ -123,6 +132,8 @@ class RecurrentLayer(LinearAttentionLayer):
         """Store what the next forward continues from. ``segment``: see ``Segment``; needed while recording."""
         if self.record_past:
             self.segments.append(segment)
+        else:
+            self.segments.clear()  # they end before this forward, so nothing can be undone from them any more
         self.device = state.device
         self.dtype = state.dtype if window is None else window.dtype
         self._store(self.conv_states, self.is_conv_states_initialized, window)
@@ -166,11 +177,11 @@ class RecurrentLayer(LinearAttentionLayer):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens (columns, padding included) and what was recorded.
+        """Forget the last ``-tokens_to_remove`` tokens (columns, padding included), and the older part of the record.
 
         Raises:
             ValueError: a positive number.
-            RuntimeError: more tokens than were recorded.
+            RuntimeError: more tokens than are recorded.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number.")
@@ -180,15 +191,18 @@ class RecurrentLayer(LinearAttentionLayer):
         recorded = sum(segment.tokens for segment in self.segments)
         if remove > recorded:
             raise RuntimeError(
-                f"crop({tokens_to_remove}) asks for more tokens than the {recorded} that were recorded: call "
-                "cache.activate_past_recording() before the forward whose tokens may be taken back."
+                f"crop({tokens_to_remove}) asks for more tokens than the {recorded} that are recorded: call "
+                "cache.activate_past_recording() before the forward whose tokens may be taken back. (After a crop, the "
+                f"last {TOKENS_KEPT_UNDOABLE} tokens stay recorded.)"
             )
         if self.counts_tokens:
             self.seen_tokens -= remove
         while remove:
             segment = self.segments.pop()
             if remove < segment.tokens:
-                self.recurrent_states[0], self.conv_states[0] = segment.replay(segment.tokens - remove)
+                segment = segment.head(segment.tokens - remove)
+                self.recurrent_states[0], self.conv_states[0] = segment.replay()
+                self.segments.append(segment)
                 remove = 0
             else:
                 remove -= segment.tokens
@@ -197,6 +211,12 @@ class RecurrentLayer(LinearAttentionLayer):
                     self.conv_states[0] = segment.conv_inputs[:, : -segment.tokens]
                 if segment.state is None:
                     self._forget()
+        recorded = sum(segment.tokens for segment in self.segments)
+        while self.segments and recorded - self.segments[0].tokens >= TOKENS_KEPT_UNDOABLE:
+            recorded -= self.segments.pop(0).tokens
+
+    def stop_recording(self) -> None:
+        self.record_past = False
         self.segments.clear()
 
     def reset(self) -> None:
@@ -276,19 +296,26 @@ def adopt(cache: Cache | None, config) -> None:
     """Make ``cache`` one that this model can use, in place: put a RecurrentLayer at every linear-attention layer.
 
     Raises:
-        ValueError: the cache was made for another model, or a linear-attention layer of it is already in use by one.
+        ValueError: the cache was made for another model, or a linear-attention layer of it is already in use by one. It
+            is left as it was.
     """
     if cache is None:
         return
     kinds = config.layer_types[: config.num_hidden_layers]
-    if "linear_attention" not in kinds:
-        return
+    lazy = getattr(cache, "layer_class_to_replicate", None) is not None  # DynamicCache() without a config
+    if "linear_attention" not in kinds and (lazy or not isinstance(cache, Cache)):
+        return  # attention layers alone: the library's business
     if not isinstance(cache, Cache):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}, which cannot hold recurrent states: pass a transformers Cache, "
             "such as DynamicCache(config=model.config)."
         )
-    if not cache.layers and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
+    if lazy and cache.layers:
+        raise ValueError(
+            "past_key_values already holds keys and values for layers that have none (as PEFT's prefix tuning passes "
+            "them): a linear-attention layer has a state instead. Pass an empty cache, and tune prompts or LoRA."
+        )
+    if lazy:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
     if len(cache.layers) != len(kinds):
@@ -307,7 +334,8 @@ def adopt(cache: Cache | None, config) -> None:
         if kind == "full_attention" or type(layer) is not LinearAttentionLayer or _in_use(layer):
             raise ValueError(
                 f"past_key_values has a {'used ' if _in_use(layer) else ''}{type(layer).__name__} at layer {i}, which is "
-                f"a {kind} layer: it was made for another model. Pass DynamicCache(config=model.config)."
+                f"a {kind} layer: it was made for another model. Pass DynamicCache(config=model.config). (If this is PEFT's "
+                "prefix tuning: a linear-attention layer has no keys and values, so tune prompts or LoRA.)"
             )
         layers[i] = RecurrentLayer(static=static, counts_tokens=not attends)
         layers[i].record_past = layer.record_past
@@ -327,8 +355,62 @@ def stop_recording(cache: Cache) -> None:
     """Drop what a used cache recorded for rollback. One that comes back from assisted decoding would grow for ever."""
     for layer in cache.layers:
         if getattr(layer, "is_hybrid_linear", False) and layer.has_previous_state[0]:
-            layer.crop(0)
-            layer.record_past = False
+            layer.stop_recording()
 
 
-__all__ = ["RecurrentLayer", "Segment", "adopt", "conv_window", "stop_recording"]
+def sizes_per_sequence(config) -> list[list[tuple[int, ...]]]:
+    """For every layer the shapes of what a cache holds of one sequence: the state, and the convolution window if there is
+    one; for an attention layer heads and width of the keys."""
+    sizes = []
+    for i, (layer, kind) in enumerate(zip(config.per_layer_config, config.layer_types)):
+        if kind == "full_attention":
+            sizes.append([(layer.num_key_value_heads, layer.head_dim)])
+            continue
+        dims = config.linear_dims(i)
+        state = (dims.num_heads, dims.key_head_dim, dims.value_head_dim)
+        sizes.append([state[2:] if config.mixers[i] == "hgrn" else state])
+        if config.uses_short_conv(i):
+            sizes[i].append((config.linear_conv_kernel_dim - 1, config.conv_dim(i)))
+    return sizes
+
+
+def refuse_other_sizes(cache: Cache, batch_size: int, sizes: list[list[tuple[int, ...]]]) -> None:
+    """Raise, before a forward changes anything, where a used cache holds another batch or another model's tensors.
+
+    Args:
+        sizes: see ``sizes_per_sequence``.
+    """
+    for i, (layer, wanted) in enumerate(zip(cache.layers, sizes)):
+        if getattr(layer, "is_hybrid_linear", False):
+            tensors = [x for x in (layer.recurrent_states[0], layer.conv_states[0]) if x is not None]
+            found = [tuple(x.shape[1:]) for x in tensors]
+            same = found == wanted
+        else:
+            # Quantised layers keep their tensors elsewhere. Tensor parallelism leaves a share of the heads here.
+            tensors = [x for x in [getattr(layer, "keys", None)] if x is not None and x.dim() == 4 and x.shape[2]]
+            found = [(x.shape[1], x.shape[3]) for x in tensors]
+            same = all(wanted[0][0] % heads == 0 and width == wanted[0][1] for heads, width in found)
+        if not tensors:
+            continue
+        held = tensors[0].shape[0]
+        if not same:
+            raise ValueError(
+                f"past_key_values holds tensors of sizes {found} per sequence at layer {i}, where this model has {wanted}: "
+                "it was filled by another model. Pass DynamicCache(config=model.config)."
+            )
+        if held != batch_size:
+            raise ValueError(
+                f"past_key_values holds {held} sequences (layer {i}), but the batch has {batch_size}: pass a cache of this "
+                "batch, or change it with batch_repeat_interleave or batch_select_indices."
+            )
+
+
+__all__ = [
+    "RecurrentLayer",
+    "Segment",
+    "adopt",
+    "conv_window",
+    "refuse_other_sizes",
+    "sizes_per_sequence",
+    "stop_recording",
+]

@@ -10,8 +10,7 @@ in from the mixer and ``hidden_size``, so that a saved ``config.json`` is explic
     ('LLALLA', 2, 128)
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: @strict checks a field's type only where the annotation is not a string.
 import difflib
 import math
 import re
@@ -244,6 +243,7 @@ class HybridLinearConfig(PreTrainedConfig):
             if self.linear_use_output_gate is None:
                 self.linear_use_output_gate = defaults.output_gate
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # @strict calls it too, but what it raises is no ValueError
 
     # ---------------------------------------------------------------------------------------------- what a layer is
 

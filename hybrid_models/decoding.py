@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers.generation import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .cache import adopt, stop_recording
+from .decode_step import MAX_EOS, session, why_not
+from .kernels import ENVIRONMENT_VARIABLE, forced_backend
 from .layout import create_masks
 
 _NO_CONTINUOUS_BATCHING = (
@@ -29,17 +33,27 @@ class HybridGenerationMixin:
         # A running count, also over padding on the right: the next position is the last one plus one.
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         user_cache = model_kwargs.get("past_key_values")
+        if "offloaded" in (generation_config.cache_implementation or "") and self.device.type == "cpu":
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} moves keys and values from an accelerator "
+                "to the CPU, and this model is on the CPU: leave cache_implementation away."
+            )
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and self._attention_weights_are_not_computed():
+            generation_config.output_attentions = False  # the library's loop would fail on the empty tuple
         if generation_config.cache_implementation == "quantized" and user_cache is None:
             model_kwargs["past_key_values"] = quantized_cache(self.config, generation_config.cache_config)
         else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         adopt(cache, self.config)
         # A cache returned by assisted decoding still records; inside assisted decoding it must go on recording.
         if user_cache is not None and not generation_config.is_assistant:
             stop_recording(cache)
+
+    def _attention_weights_are_not_computed(self) -> bool:
+        return "full_attention" not in self.config.layer_types or self.config._attn_implementation != "eager"
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
@@ -56,6 +70,67 @@ class HybridGenerationMixin:
                 "the left, or leave prefill_chunk_size away."
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy search and sampling: the library's loop, with the decode step captured where it can be."""
+        run = super()._sample
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+        reason = self._why_not_captured(generation_config, model_kwargs)
+        if reason is not None:
+            if forced_backend() == "triton":
+                raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=triton, but the decode step cannot be captured: {reason}.")
+            return run(*arguments, **model_kwargs)
+        cache = model_kwargs["past_key_values"]
+        keep = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        columns = cache.get_seq_length() + generation_config.max_length
+        if model_kwargs.get("inputs_embeds") is not None:
+            columns += model_kwargs["inputs_embeds"].shape[1]
+        plain_loop = keep or logits_processor or streamer or synced_gpus or generation_config.do_sample
+        with session(self, cache, input_ids.shape[0], columns, keep_cache=keep) as current:
+            if plain_loop or not _only_length_and_eos(stopping_criteria):
+                return run(*arguments, **model_kwargs)
+            return self._greedy_on_device(current, input_ids, generation_config, model_kwargs)
+
+    def _greedy_on_device(self, current, input_ids, generation_config, model_kwargs):
+        """Plain greedy search without a word from the host between tokens."""
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+        outputs = self._prefill(input_ids, generation_config, model_kwargs)
+        first = outputs.logits[:, -1].float().argmax(-1)
+        limit = generation_config.max_length - input_ids.shape[1]
+        positions = (positions[:, -1] + 1).expand(input_ids.shape[0])
+        eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+        tokens = current.greedy(first, positions, mask, limit, eos, pad)
+        return torch.cat((input_ids, tokens), 1)
+
+    def _why_not_captured(self, generation_config, model_kwargs) -> str | None:
+        """Why this call of generate() does not take the captured step, or None if it does."""
+        cache = model_kwargs.get("past_key_values")
+        if forced_backend() == "torch":
+            return f"{ENVIRONMENT_VARIABLE}=torch"
+        if generation_config.output_attentions or generation_config.output_hidden_states:
+            return "attentions or hidden states are asked for"
+        if generation_config.is_assistant:
+            return "this model drafts for another one"
+        if (
+            not isinstance(cache, DynamicCache)
+            or cache.offloading
+            or len(cache.layers) != self.config.num_hidden_layers
+        ):
+            return "it works on plain dynamic caches"
+        if any(getattr(layer, "record_past", False) for layer in cache.layers):
+            return "the cache records tokens for rollback"
+        if generation_config.max_length is None:
+            return "there is no maximum length"
+        return why_not(self)
 
     @staticmethod
     def create_masks_for_generate(
@@ -79,6 +154,17 @@ class HybridGenerationMixin:
             raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
 
 
+def _only_length_and_eos(stopping_criteria) -> bool:
+    """Whether a loop that looks at nothing but length and end-of-sequence ids stops where these say."""
+    for criterion in stopping_criteria:
+        if isinstance(criterion, EosTokenCriteria):
+            if criterion.eos_token_id.numel() > MAX_EOS:
+                return False
+        elif not isinstance(criterion, MaxLengthCriteria):
+            return False
+    return True
+
+
 def quantized_cache(config, cache_config: dict | None) -> Cache:
     """Quantised keys and values at attention layers; recurrent states stay in float32, they are small and reused.
 
@@ -89,11 +175,12 @@ def quantized_cache(config, cache_config: dict | None) -> Cache:
     options.pop("config", None)
     cache = DynamicCache(config=config)
     attention = [i for i, layer in enumerate(cache.layers) if config.layer_types[i] == "full_attention"]
-    if attention:
-        only_attention = _AttentionOnly(config, len(attention))
-        quantized = QuantizedCache(backend=options.pop("backend", "quanto"), config=only_attention, **options)
-        for i, layer in zip(attention, quantized.layers):
-            cache.layers[i] = layer
+    if not attention:
+        return cache
+    only_attention = _AttentionOnly(config, len(attention))
+    quantized = QuantizedCache(backend=options.pop("backend", "quanto"), config=only_attention, **options)
+    for i, layer in zip(attention, quantized.layers):
+        cache.layers[i] = layer
     return Cache(layers=cache.layers)
 
 

@@ -42,6 +42,18 @@ def describe() -> list[Choice]:
     ]
 
 
+def forced_backend() -> str | None:
+    """What HYBRID_LINEAR_BACKEND says, None if it says nothing.
+
+    Raises:
+        ValueError: it names no back end.
+    """
+    forced = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced!r} is not a back end: use one of {', '.join(BACKENDS)}.")
+    return forced
+
+
 def select(device: torch.device, num_tokens: int) -> Choice:
     """The back end for a call on ``device`` with ``num_tokens`` tokens per row.
 
@@ -49,12 +61,10 @@ def select(device: torch.device, num_tokens: int) -> Choice:
         ValueError: HYBRID_LINEAR_BACKEND names no back end.
         RuntimeError: it names one that cannot serve here.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    forced = forced_backend()
     form = "step" if num_tokens == 1 else "chunk"
-    if not forced:
+    if forced in (None, "triton"):  # Triton serves whole decode steps (see decode_step), not the law by itself
         return Choice("torch", True, f"the {form} form in torch serves {device.type}")
-    if forced not in BACKENDS:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced!r} is not a back end: use one of {', '.join(BACKENDS)}.")
     choice = next(row for row in describe() if row.name == forced)
     if not choice.available:
         raise RuntimeError(

@@ -57,7 +57,9 @@ def repeat_last_valid(hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.
     return hidden_states.gather(1, index[:, :, None].expand_as(hidden_states))
 
 
-def read_padding(mask: torch.Tensor, batch_size: int, tokens: int, past: int | torch.Tensor | None) -> torch.Tensor | None:
+def read_padding(
+    mask: torch.Tensor, batch_size: int, tokens: int, past: int | torch.Tensor | None
+) -> torch.Tensor | None:
     """The caller's 2-D attention mask [B, past + T] as bool, or None where it masks nothing.
 
     Raises:
@@ -142,7 +144,9 @@ def _starts_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, tokens: int
     return reset.index_fill(1, cu_seq_lens[:-1].long(), True)
 
 
-def create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict[str, torch.Tensor | None]:
+def create_masks(
+    config, inputs_embeds, attention_mask, past_key_values, position_ids
+) -> dict[str, torch.Tensor | None]:
     """The masks of all layers, by ``mask_key``; made by the model, or ahead of it by generate() for static caches.
 
     Args:
@@ -162,7 +166,9 @@ def create_masks(config, inputs_embeds, attention_mask, past_key_values, positio
     if attention_mask is not None and attention_mask.dim() == 2:
         tokens = inputs_embeds.shape[1]
         padding = read_padding(attention_mask, *inputs_embeds.shape[:2], past=None)
-        masks["linear_attention"] = None if padding is None or tokens == 1 else padding[:, -tokens:]
+        padding = None if padding is None else padding[:, -tokens:]
+        # A single token is padding only inside a chunked prefill. Decoding must see no mask, or it would be compiled twice.
+        masks["linear_attention"] = None if padding is None or (tokens == 1 and padding.all()) else padding
     return masks
 
 
@@ -178,7 +184,8 @@ def _window(width: int, mask: torch.Tensor | None):
     if mask is None or mask.dim() != 2:
         return lambda batch, head, query, key: key > query - width
     ranks = mask.long().cumsum(1)
-    return lambda batch, head, query, key: ranks[batch, key] > ranks[batch, query] - width
+    last = mask.shape[1] - 1  # static caches have more columns, all of them in the future
+    return lambda batch, head, query, key: ranks[batch, key.clamp(max=last)] > ranks[batch, query] - width
 
 
 def refuse_restarts(position_ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> None:
@@ -203,4 +210,12 @@ def refuse_restarts(position_ids: torch.Tensor, mask: torch.Tensor | None, batch
         raise ValueError(f"position_ids restart inside a row: packed documents do not go {what}.")
 
 
-__all__ = ["TokenLayout", "create_masks", "mask_key", "read_packing", "read_padding", "refuse_restarts", "repeat_last_valid"]
+__all__ = [
+    "TokenLayout",
+    "create_masks",
+    "mask_key",
+    "read_packing",
+    "read_padding",
+    "refuse_restarts",
+    "repeat_last_valid",
+]

@@ -300,8 +300,9 @@ class GatedDeltaNet(DeltaNet):
 
     def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
         q, k, v, _, beta = super().law_inputs(x, mixed, position_embeddings, lower_bounds)
-        log_decay = -self.A_log.exp() * F.softplus(full_precision(self.a_proj(x)) + self.dt_bias)
-        return q, k, v, log_decay, beta
+        a = full_precision(self.a_proj(x))
+        rate, dt_bias = self.A_log.to(a.dtype).exp(), self.dt_bias.to(a.dtype)
+        return q, k, v, -rate * F.softplus(a + dt_bias), beta
 
     def init_decay(self) -> None:
         """Decay rates A uniform in (0, 16), step sizes log-uniform in (0.001, 0.1), as Mamba-2 and fla start them."""
@@ -348,10 +349,14 @@ def bounded_log_sigmoid(f: torch.Tensor, lower_bounds: torch.Tensor | None, laye
     log_f = F.logsigmoid(f)
     if lower_bounds is None or layer_idx == 0:
         return log_f
-    share = full_precision(lower_bounds).softmax(0)
-    bound = share[1 : layer_idx + 1].sum(0)
-    rest = share[0] + share[layer_idx + 1 :].sum(0)  # 1 - bound, without the cancellation
+    bound, rest = gate_bounds(lower_bounds.to(f.dtype), layer_idx)
     return torch.logaddexp(bound.log(), rest.log() + log_f)
+
+
+def gate_bounds(lower_bounds: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forget gate's lower bound of a layer, and one minus it (without the cancellation), each [H * K]."""
+    share = full_precision(lower_bounds).softmax(0)
+    return share[1 : layer_idx + 1].sum(0), share[0] + share[layer_idx + 1 :].sum(0)
 
 
 __all__ = ["MIXER_CLASSES", "HybridLinearRMSNorm", "KeepsFloat32", "LinearAttention", "full_precision"]

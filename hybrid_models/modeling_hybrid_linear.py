@@ -8,10 +8,12 @@
     torch.Size([1, 7])
 
 What the linear layers compute stands in ``mixers`` (projections, gates) and ``recurrence`` (the law), what they remember
-in ``cache``, and how padding and packing reach them in ``layout``.
+in ``cache``, how padding and packing reach them in ``layout``; full attention stands in ``attention``.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import nn
@@ -25,15 +27,16 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward, rotate_half
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import adopt
+from .attention import HybridLinearAttention, RotaryPositions
+from .cache import adopt, refuse_other_sizes, sizes_per_sequence
 from .configuration_hybrid_linear import HybridLinearConfig
+from .decode_step import active_session
 from .decoding import HybridGenerationMixin
 from .layout import (
     TokenLayout,
@@ -44,103 +47,13 @@ from .layout import (
     refuse_restarts,
     repeat_last_valid,
 )
-from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32, LinearAttention, full_precision
+from .loading import StrictLoading
+from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32
 
 RETNET_ROPE_THETA = 10000.0
 
-
-class RotaryPositions(KeepsFloat32):
-    """cos and sin [1 or B, T, head_dim] of ``position_ids``, in float32 (float64 in a float64 model).
-
-    Args:
-        rope_parameters: transformers' dictionary; any of its rope types.
-        head_dim: channels that are turned, in pairs j and j + head_dim / 2.
-    """
-
-    def __init__(self, config: HybridLinearConfig, rope_parameters: dict, head_dim: int):
-        super().__init__()
-        self.rope_parameters, self.head_dim = dict(rope_parameters), head_dim
-        self.rope_type = self.rope_parameters["rope_type"]
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
-        if self.rope_type != "default":  # the library's functions read the configuration of a whole model
-            self.config = type(config)(
-                hidden_size=head_dim,
-                num_attention_heads=1,
-                rope_parameters=self.rope_parameters,
-                max_position_embeddings=config.max_position_embeddings,
-            )
-        inv_freq, self.attention_scaling = self.initial_frequencies()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    def initial_frequencies(self) -> tuple[torch.Tensor, float]:
-        if self.rope_type != "default":
-            return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        return 1.0 / self.rope_parameters["rope_theta"] ** exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        half = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)
-        angles = torch.cat((half, half), -1)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
-
-class HybridLinearAttention(nn.Module):
-    """Causal softmax attention with rotary positions, through transformers' attention interface.
-
-    ``config`` is the layer's own (``per_layer_config``): layers may differ in heads, biases, window and rotary base.
-    """
-
-    def __init__(self, config: HybridLinearConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.sliding_window = config.sliding_window
-        self.is_causal = True
-        query_width, key_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = (p[:, None] for p in position_embeddings)
-        q, k = ((full_precision(x) * cos + rotate_half(full_precision(x)) * sin).to(v.dtype) for x in (q, k))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        # The implementation may be switched on the model's config after construction, which the layer's config shares.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        o, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(o.flatten(2)), weights
+# What peft adapts when LoraConfig names no target_modules; the reasons stand in the package's lora.py.
+LORA_TARGETS = "q_proj k_proj v_proj i_proj f_proj g_proj o_proj gate_proj up_proj down_proj".split()
 
 
 class HybridLinearDecoderLayer(GradientCheckpointingLayer):
@@ -186,7 +99,7 @@ class _MlpConfig:
         self.hidden_act = config.hidden_act
 
 
-class HybridLinearPreTrainedModel(PreTrainedModel):
+class HybridLinearPreTrainedModel(StrictLoading, PreTrainedModel):
     """Loading, saving and initialisation."""
 
     config_class = HybridLinearConfig
@@ -202,6 +115,18 @@ class HybridLinearPreTrainedModel(PreTrainedModel):
     # The recurrent state can be rolled back exactly (cache.RecurrentLayer.crop), so assisted decoding is allowed.
     _is_stateful = False
     _can_record_outputs = {"hidden_states": HybridLinearDecoderLayer, "attentions": HybridLinearAttention}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Only where peft is in use does it hear of this family: importing it here would cost everyone its second.
+        if (constants := sys.modules.get("peft.utils.constants")) is not None:
+            constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(config.model_type, LORA_TARGETS)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights. The first parameter may be ``lower_bounds``, which stays in float32 in a 16-bit model."""
+        named = ((name, p) for name, p in self.named_parameters() if p.is_floating_point())
+        return next(p.dtype for name, p in named if not name.endswith("lower_bounds"))
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -233,6 +158,7 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
         self.norm = HybridLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mask_keys = [mask_key(layer, kind) for layer, kind in zip(config.per_layer_config, config.layer_types)]
         self._build_rotary_embeddings(config)
+        self.cache_sizes = sizes_per_sequence(config)
 
         # Bounds of the forget gate, one row per layer, attention layers' rows included. Layer 0 has none.
         bounded = [i for i in self._linear_layers() if i > 0 and config.mixers[i] in ("hgrn", "hgrn2")]
@@ -241,7 +167,9 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
             dims = config.linear_dims(bounded[0])
             width = dims.value_head_dim if config.mixers[bounded[0]] == "hgrn" else dims.num_heads * dims.key_head_dim
             self.lower_bounds = nn.Parameter(torch.zeros(config.num_hidden_layers, width, dtype=torch.float32))
-        names = {name for name in ("A_log", "dt_bias", "lower_bounds") if any(name in n for n, _ in self.named_parameters())}
+        names = {
+            name for name in ("A_log", "dt_bias", "lower_bounds") if any(name in n for n, _ in self.named_parameters())
+        }
         self._keep_in_fp32_modules_strict = names
         self.gradient_checkpointing = False
         self.post_init()
@@ -298,6 +226,8 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
         B, T = inputs_embeds.shape[:2]
 
         adopt(past_key_values, self.config)
+        if past_key_values is not None and not is_tracing(inputs_embeds):
+            refuse_other_sizes(past_key_values, B, self.cache_sizes)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         masks, padding, reset, position_ids = self._read_inputs(
             inputs_embeds, attention_mask, position_ids, past_key_values, past, kwargs
@@ -341,7 +271,9 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
                 padding = full_padding[:, -T:]
 
         cu_seq_lens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
-        if masks is None and attention_mask is None and past_key_values is None:
+        if kwargs.get("cache") is not None and not self._linear_layers():
+            pass  # continuous batching: its paged cache and its masks keep the row's requests apart
+        elif masks is None and attention_mask is None and past_key_values is None:
             reset, position_ids = read_packing(position_ids, cu_seq_lens, seq_idx, B, T)
         elif cu_seq_lens is not None or seq_idx is not None:
             raise ValueError(
@@ -363,7 +295,8 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
         if is_tracing(input_ids) or not input_ids.numel():
             return
         low, high = input_ids.aminmax()
-        size = self.embed_tokens.num_embeddings
+        # Whoever replaces the embedding (assisted decoding across vocabularies does) need not say how many rows it has.
+        size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
         if low < 0 or high >= size:
             raise ValueError(
                 f"input_ids holds {int(low) if low < 0 else int(high)}, outside the vocabulary of {size}: check that the "
@@ -408,6 +341,10 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         Returns:
             logits [B, T, vocab], loss, past_key_values.
         """
+        session = active_session()
+        if session is not None and session.serves(self, input_ids, past_key_values):
+            logits = session(input_ids, position_ids, attention_mask)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -430,16 +367,41 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         )
 
 
+# The library's task heads make their decoder through AutoModel, which would ask, in the middle of it, whether to run the
+# code of a checkpoint that the user has already trusted. So each makes its own; their forward stays the library's.
+
+
 class HybridLinearForSequenceClassification(GenericForSequenceClassification, HybridLinearPreTrainedModel):
     """The decoder with a classification head on the last token."""
+
+    def __init__(self, config: HybridLinearConfig):
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HybridLinearModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class HybridLinearForTokenClassification(GenericForTokenClassification, HybridLinearPreTrainedModel):
     """The decoder with a classification head on every token."""
 
+    def __init__(self, config: HybridLinearConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HybridLinearModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
 
 class HybridLinearForQuestionAnswering(GenericForQuestionAnswering, HybridLinearPreTrainedModel):
     """The decoder with a span head."""
+
+    def __init__(self, config: HybridLinearConfig):
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.model = HybridLinearModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 AUTO_MAP = {"AutoConfig": "configuration_hybrid_linear.HybridLinearConfig"} | {

@@ -1,0 +1,153 @@
+"""On a CUDA device: the captured decode step against the plain path. Skipped elsewhere.
+
+    python -m pytest -m gpu tests/test_gpu.py
+
+The kernels themselves are compared on the CPU too, in Triton's interpreter (test_triton_kernels.py); what only a device
+shows is the capture, its reuse across calls, and 16-bit arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+from hybrid_models import decode_step
+from hybrid_models.configuration_hybrid_linear import MIXERS
+from tests.common import randomize, tiny_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CASES = [(mixer, "3-1") for mixer in MIXERS] + [("gla", "pure"), ("gated_delta_net", "full")]
+
+
+def model_of(mixer, level, dtype=torch.float32, **fields):
+    from hybrid_models import HybridLinearForCausalLM
+
+    torch.manual_seed(0)
+    heads = {} if mixer == "hgrn" else {"linear_num_key_heads": 2}
+    fields = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 384, **heads, **fields}
+    config = tiny_config(mixer, level, num_attention_heads=4, num_key_value_heads=2, **fields)
+    return randomize(HybridLinearForCausalLM(config)).to("cuda", dtype).eval()
+
+
+def batch_of(rows, columns=21, padded=True):
+    g = torch.Generator().manual_seed(rows)
+    ids = torch.randint(3, 101, (rows, columns), generator=g)
+    mask = torch.ones_like(ids)
+    if padded and rows > 1:
+        for row in range(rows):
+            mask[row, : row % 7] = 0
+    return ids.cuda(), mask.cuda()
+
+
+def generate(model, ids, mask, captured, monkeypatch, new=24, **options):
+    with monkeypatch.context() as patch:
+        patch.setenv("HYBRID_LINEAR_BACKEND", "triton" if captured else "torch")
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            **{"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options},
+        )
+
+
+def largest_difference(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(a.logits, b.logits, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 32, 70])
+@pytest.mark.parametrize("mixer,level", CASES)
+def test_captured_is_plain_in_float32(mixer, level, rows, monkeypatch):
+    """Same tokens; logits within 1e-4 of order-one values: summation order over up to 384 terms, 6 layers, 24 steps."""
+    model = model_of(mixer, level)
+    ids, mask = batch_of(rows)
+    plain, captured = (generate(model, ids, mask, on, monkeypatch) for on in (False, True))
+    assert torch.equal(plain.sequences, captured.sequences)
+    assert largest_difference(plain, captured) < 1e-4
+    for a, b in zip(plain.past_key_values.layers, captured.past_key_values.layers, strict=True):
+        a, b = (x.recurrent_states[0] if hasattr(x, "recurrent_states") else x.keys for x in (a, b))
+        assert (a - b).abs().max() < 1e-4 * a.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("mixer,level", CASES)
+def test_bfloat16(mixer, level, rows, monkeypatch):
+    """Against the float32 model of the same (rounded) weights, the captured step may be at most 1.5 times as far away as
+    the plain bfloat16 path is, over teacher-forced steps: it rounds less often, and 1.5 covers the luck of rounding."""
+    model = model_of(mixer, level, torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    ids, mask = batch_of(rows)
+    force = torch.randint(3, 101, (24, rows), generator=torch.Generator().manual_seed(5)).cuda()
+
+    def forced(step_ids, scores):  # the same continuation for all three
+        wanted = force[step_ids.shape[1] - ids.shape[1]]
+        return torch.full_like(scores, float("-inf")).scatter(1, wanted[:, None], 0.0)
+
+    runs = [
+        generate(m, ids, mask, on, monkeypatch, logits_processor=LogitsProcessorList([forced]))
+        for m, on in ((exact, False), (model, False), (model, True))
+    ]
+    want, plain, captured = (torch.stack(run.logits).float() for run in runs)
+    error = [(x - want).square().mean().sqrt().item() for x in (plain, captured)]
+    assert error[1] < 1.5 * error[0] + 1e-4, error
+
+
+def test_graph_is_reused_and_bounded(monkeypatch):
+    model = model_of("gated_delta_net", "3-1")
+    first, other, third = (batch_of(rows) for rows in (2, 5, 9))
+    want = {id(batch): generate(model, *batch, False, monkeypatch).sequences for batch in (first, other, third)}
+    for batch in (first, other, first, third, first, other):
+        got = generate(model, *batch, True, monkeypatch, return_dict_in_generate=False)
+        assert torch.equal(got, want[id(batch)])
+    assert len(decode_step._steps[model]) == decode_step.MAX_STEPS
+    graphs = [graph for step in decode_step._steps[model].values() for graph in step.graphs.values()]
+    assert graphs and all(graph is not None for graph in graphs)
+    decode_step.release(model)
+    assert model not in decode_step._steps
+
+
+def test_multi_turn_on_a_users_cache(monkeypatch):
+    from transformers import DynamicCache
+
+    model = model_of("gated_delta_net", "3-1")
+    ids, mask = batch_of(3)
+    turn = torch.randint(3, 101, (3, 6), generator=torch.Generator().manual_seed(9)).cuda()
+    results = []
+    for captured in (False, True):
+        cache = DynamicCache(config=model.config)
+        out = generate(model, ids, mask, captured, monkeypatch, past_key_values=cache)
+        longer = torch.cat((out.sequences, turn), 1)
+        longer_mask = torch.cat((mask, mask.new_ones(3, longer.shape[1] - mask.shape[1])), 1)
+        results.append(generate(model, longer, longer_mask, captured, monkeypatch, past_key_values=cache).sequences)
+    assert torch.equal(*results)
+
+
+def test_sampling_draws_the_same_tokens(monkeypatch):
+    model = model_of("hgrn2", "3-1")
+    ids, mask = batch_of(4)
+    draws = []
+    for captured in (False, True):
+        torch.manual_seed(3)
+        draws.append(generate(model, ids, mask, captured, monkeypatch, do_sample=True, top_k=20).sequences)
+    assert torch.equal(*draws)
+
+
+def test_new_weights_are_seen(monkeypatch):
+    """In-place updates reach the captured step; moved weights make it start over."""
+    model = model_of("hgrn2", "3-1")
+    ids, mask = batch_of(2)
+    generate(model, ids, mask, True, monkeypatch)
+    randomize(model.cpu(), seed=8).cuda()
+    with torch.no_grad():
+        model.model.lower_bounds.add_(1.0)
+    plain, captured = (generate(model, ids, mask, on, monkeypatch) for on in (False, True))
+    assert torch.equal(plain.sequences, captured.sequences)
+    assert largest_difference(plain, captured) < 1e-4
