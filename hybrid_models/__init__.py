@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from .configuration_hybrid_linear import HybridLinearConfig, layer_types_from_ratio
+from .fla_format import from_fla
 from .modeling_hybrid_linear import (
     HybridLinearForCausalLM,
     HybridLinearForQuestionAnswering,
@@ -58,5 +59,6 @@ __all__ = [
     "HybridLinearForTokenClassification",
     "HybridLinearModel",
     "HybridLinearPreTrainedModel",
+    "from_fla",
     "layer_types_from_ratio",
 ]
