@@ -1,12 +1,18 @@
 """Which back end computes the law, decided per call and never silently.
 
-The choice depends on where the tensors are, not on what can be imported: CPU tensors take plain torch even where Triton
-is installed. ``HYBRID_LINEAR_BACKEND`` (torch, fla or triton) forces one; a back end that is asked for and cannot serve
-raises. At present torch serves every device; the seam for the others is ``select``.
+The choice depends on where the tensors are and what they hold, not on what can be imported: CPU tensors take plain torch
+even where Triton and fla-core are installed.
+
+    back end   serves
+    torch      everything, everywhere
+    fla        sequences in 16 bits on CUDA (training and prefill)
+    triton     whole decode steps on CUDA (see decode_step), not the law by itself
+
+``HYBRID_LINEAR_BACKEND`` forces one of them where there is a choice; one that is asked for and cannot serve raises.
 
     >>> from hybrid_models.kernels import describe
-    >>> [row.name for row in describe() if row.available]
-    ['torch']
+    >>> [row.name for row in describe() if row.available][0]
+    'torch'
 """
 
 from __future__ import annotations
@@ -19,7 +25,10 @@ from typing import NamedTuple
 
 import torch
 
+from .fla_kernels import chunk as fla_chunk
+from .fla_kernels import why_not as why_not_fla
 from .recurrence import chunk, step
+from .triton_kernels import triton
 
 BACKENDS = ("torch", "fla", "triton")
 ENVIRONMENT_VARIABLE = "HYBRID_LINEAR_BACKEND"
@@ -34,11 +43,14 @@ class Choice(NamedTuple):
 
 
 def describe() -> list[Choice]:
-    """Every back end, for `hybrid-linear info`."""
+    """Every back end on this machine, for `hybrid-linear info`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fla = why_not_fla(device, torch.bfloat16)
+    no_triton = "Triton is not installed" if triton is None else None if device.type == "cuda" else "no CUDA device"
     return [
-        Choice("torch", True, "plain torch, every device and dtype"),
-        Choice("fla", False, "not in this version"),
-        Choice("triton", False, "not in this version"),
+        Choice("torch", True, "every device and dtype"),
+        Choice("fla", fla is None, fla or "training and prefill in 16 bits"),
+        Choice("triton", no_triton is None, no_triton or "decode steps of generate(), greedy and sampling"),
     ]
 
 
@@ -54,24 +66,27 @@ def forced_backend() -> str | None:
     return forced
 
 
-def select(device: torch.device, num_tokens: int) -> Choice:
-    """The back end for a call on ``device`` with ``num_tokens`` tokens per row.
+def select(device: torch.device, dtype: torch.dtype, tokens: int, delta: bool = False, key_width: int = 0) -> Choice:
+    """The back end for the law on ``tokens`` tokens per row of a model in ``dtype``.
 
     Raises:
         ValueError: HYBRID_LINEAR_BACKEND names no back end.
         RuntimeError: it names one that cannot serve here.
     """
     forced = forced_backend()
-    form = "step" if num_tokens == 1 else "chunk"
-    if forced in (None, "triton"):  # Triton serves whole decode steps (see decode_step), not the law by itself
-        return Choice("torch", True, f"the {form} form in torch serves {device.type}")
-    choice = next(row for row in describe() if row.name == forced)
-    if not choice.available:
+    if forced == "torch":
+        return Choice("torch", True, f"forced by {ENVIRONMENT_VARIABLE}")
+    if tokens == 1:
+        return Choice("torch", True, "a single token outside a captured decode step")
+    reason = why_not_fla(device, dtype, delta, key_width)
+    if reason is None:
+        return Choice("fla", True, "a sequence in 16 bits on CUDA")
+    if forced == "fla":
         raise RuntimeError(
-            f"{ENVIRONMENT_VARIABLE}={forced} was asked for, but it cannot serve {device.type} tensors: {choice.reason}. "
-            f"Unset {ENVIRONMENT_VARIABLE}, or set it to torch."
+            f"{ENVIRONMENT_VARIABLE}=fla was asked for, but it cannot serve: {reason}. Unset {ENVIRONMENT_VARIABLE}, or "
+            "set it to torch."
         )
-    return choice._replace(reason=f"forced by {ENVIRONMENT_VARIABLE}")
+    return Choice("torch", True, f"fla does not serve: {reason}")
 
 
 _law: ContextVar[Callable | None] = ContextVar("hybrid_linear_law", default=None)
@@ -79,7 +94,7 @@ _law: ContextVar[Callable | None] = ContextVar("hybrid_linear_law", default=None
 
 @contextmanager
 def use_law(law: Callable):
-    """Compute with ``law`` instead (same signature as ``recurrence.reference``): how tests put a whole model on the reference."""
+    """Compute with ``law`` instead (same signature as ``recurrence.reference``), so tests can put a whole model on the reference."""
     token = _law.set(law)
     try:
         yield
@@ -87,13 +102,20 @@ def use_law(law: Callable):
         _law.reset(token)
 
 
-def recurrence(q, k, v, log_decay=None, beta=None, initial_state=None, **options):
-    """The law on the back end that serves; arguments and results as in ``recurrence.reference``."""
+def recurrence(q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype: torch.dtype | None = None, **options):
+    """The law on the back end that serves; arguments and results as in ``recurrence.reference``.
+
+    Args:
+        dtype: the model's; q, k and v may be wider, having passed through float32 gates. Default: v's.
+    """
     if not torch.compiler.is_compiling() and (law := _law.get()) is not None:
         return law(q, k, v, log_decay, beta, initial_state, **options)
-    select(v.device, v.shape[1])
+    dtype = dtype or v.dtype
+    choice = select(v.device, dtype, v.shape[1], beta is not None, 0 if k is None else k.shape[-1])
+    if choice.name == "fla":
+        return fla_chunk(q, k, v, log_decay, beta, initial_state, dtype=dtype, **options)
     form = step if v.shape[1] == 1 else chunk
     return form(q, k, v, log_decay, beta, initial_state, **options)
 
 
-__all__ = ["Choice", "describe", "recurrence", "select", "use_law"]
+__all__ = ["Choice", "describe", "forced_backend", "recurrence", "select", "use_law"]

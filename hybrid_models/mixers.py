@@ -171,7 +171,9 @@ class LinearAttention(KeepsFloat32):
             convolved, conv_inputs = self.conv1d(torch.cat(mixed, -1), window, layout.reset)
             mixed = convolved.split(widths, -1)
         q, k, v, log_decay, beta = self.law_inputs(x, mixed, position_embeddings, lower_bounds)
-        o, new_state = recurrence(q, k, v, log_decay, beta, state, valid=layout.valid, reset=layout.reset)
+        o, new_state = recurrence(
+            q, k, v, log_decay, beta, state, dtype=x.dtype, valid=layout.valid, reset=layout.reset
+        )
 
         if cache is not None:
             segment = None
@@ -295,8 +297,8 @@ class GatedDeltaNet(DeltaNet):
     def build(self, config):
         super().build(config)
         self.a_proj = self.project(self.dims.num_value_heads)
-        self.A_log = nn.Parameter(torch.empty(self.dims.num_value_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(self.dims.num_value_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(full_precision(torch.empty(self.dims.num_value_heads)))
+        self.dt_bias = nn.Parameter(full_precision(torch.empty(self.dims.num_value_heads)))
 
     def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
         q, k, v, _, beta = super().law_inputs(x, mixed, position_embeddings, lower_bounds)

@@ -48,7 +48,7 @@ from .layout import (
     repeat_last_valid,
 )
 from .loading import StrictLoading
-from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32
+from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32, full_precision
 
 RETNET_ROPE_THETA = 10000.0
 
@@ -166,7 +166,7 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
         if bounded and config.linear_use_lower_bound:
             dims = config.linear_dims(bounded[0])
             width = dims.value_head_dim if config.mixers[bounded[0]] == "hgrn" else dims.num_heads * dims.key_head_dim
-            self.lower_bounds = nn.Parameter(torch.zeros(config.num_hidden_layers, width, dtype=torch.float32))
+            self.lower_bounds = nn.Parameter(full_precision(torch.zeros(config.num_hidden_layers, width)))
         names = {
             name for name in ("A_log", "dt_bias", "lower_bounds") if any(name in n for n, _ in self.named_parameters())
         }

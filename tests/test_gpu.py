@@ -151,3 +151,50 @@ def test_new_weights_are_seen(monkeypatch):
     plain, captured = (generate(model, ids, mask, on, monkeypatch) for on in (False, True))
     assert torch.equal(plain.sequences, captured.sequences)
     assert largest_difference(plain, captured) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["padded", "packed"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_fla_agrees_with_torch_in_training(mixer, case, monkeypatch):
+    """Gradients in bfloat16: fla may be at most 1.5 times as far from float32 as torch's own bfloat16 path, plus 2e-3 of
+    their norm."""
+    pytest.importorskip("fla")
+    model = model_of(mixer, "pure", torch.bfloat16, num_hidden_layers=2)
+    exact = copy.deepcopy(model).float()
+    ids = torch.randint(3, 101, (2, 200), generator=torch.Generator().manual_seed(1)).cuda()
+    options, labels = {}, ids
+    if case == "padded":
+        mask = torch.ones_like(ids)
+        mask[0, 150:] = 0
+        options, labels = {"attention_mask": mask}, ids.masked_fill(mask == 0, -100)
+    else:
+        options = {"position_ids": torch.cat((torch.arange(70), torch.arange(130)))[None].expand(2, -1).cuda()}
+
+    def gradients(m, backend):
+        monkeypatch.setenv("HYBRID_LINEAR_BACKEND", backend)
+        m.zero_grad()
+        m(ids, labels=labels, use_cache=False, **options).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in m.parameters()])
+
+    want = gradients(exact, "torch")
+    errors = [((gradients(model, backend) - want).norm() / want.norm()).item() for backend in ("torch", "fla")]
+    assert errors[1] < 1.5 * errors[0] + 2e-3, errors
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_fla_continues_a_cache(mixer, monkeypatch):
+    """Chunked prefill: later chunks start from a state."""
+    pytest.importorskip("fla")
+    model = model_of(mixer, "3-1", torch.bfloat16)
+    ids, mask = batch_of(3, columns=150)
+    outputs = []
+    for backend in ("torch", "fla"):
+        monkeypatch.setenv("HYBRID_LINEAR_BACKEND", backend)
+        with torch.no_grad():
+            cache = model(ids[:, :80], attention_mask=mask[:, :80], use_cache=True).past_key_values
+            outputs.append(model(ids[:, 80:], attention_mask=mask, past_key_values=cache).logits.float())
+    monkeypatch.setenv("HYBRID_LINEAR_BACKEND", "torch")
+    with torch.no_grad():
+        want = copy.deepcopy(model).float()(ids, attention_mask=mask, use_cache=False).logits[:, 80:]
+    errors = [(x - want).square().mean().sqrt().item() for x in outputs]
+    assert errors[1] < 1.5 * errors[0] + 1e-3, errors

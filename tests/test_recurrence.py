@@ -144,7 +144,9 @@ def test_gradcheck(law, monkeypatch):
 @pytest.mark.parametrize("law", LAWS)
 def test_gradcheck_long(law):
     """The fast gradcheck (random projections) over 150 tokens and the real chunk sizes."""
-    inputs = [x.clamp(min=-3.0) if i == 3 and x is not None else x for i, x in enumerate(make(law, 1, 150, H=1, K=4, V=3))]
+    inputs = [
+        x.clamp(min=-3.0) if i == 3 and x is not None else x for i, x in enumerate(make(law, 1, 150, H=1, K=4, V=3))
+    ]
     present = [i for i, x in enumerate(inputs) if x is not None]
 
     def function(*tensors):
@@ -185,7 +187,9 @@ def test_extreme_decays_stay_finite(law):
 def test_delta_rule_with_near_identical_keys():
     """Writes nearly cancel here, and the Neumann series of the system's inverse would overflow float32."""
     g = torch.Generator().manual_seed(0)
-    k = torch.nn.functional.normalize(torch.ones(1, 256, 1, 16) + 1e-3 * torch.randn(1, 256, 1, 16, generator=g), dim=-1)
+    k = torch.nn.functional.normalize(
+        torch.ones(1, 256, 1, 16) + 1e-3 * torch.randn(1, 256, 1, 16, generator=g), dim=-1
+    )
     q, v = torch.randn(2, 1, 256, 1, 16, generator=g).unbind(0)
     beta = torch.full((1, 256, 1), 1.9)
     o, _ = chunk(q, k, v, None, beta)

@@ -1,0 +1,189 @@
+"""The law's chunk form on fla-core's CUDA kernels: training and prefill in 16 bits.
+
+Same signature as ``recurrence.chunk``. q, k and v are rounded to ``dtype``, what the kernels multiply in; gates, their
+sums and the states stay in float32, and so does what comes back. fla-core is imported at the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from .recurrence import _drop_invalid, _scale
+from .recurrence import chunk as torch_chunk
+from .triton_kernels import triton
+
+MAX_KEY_WIDTH = 256  # of the delta rules' kernels
+
+
+def why_not(device: torch.device, dtype: torch.dtype, delta: bool = False, key_width: int = 0) -> str | None:
+    """Why fla-core does not serve such a call, or None if it does."""
+    if device.type != "cuda":
+        return f"it needs CUDA tensors, these are on {device.type}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 runs kernels on the CPU"
+    if importlib.util.find_spec("fla") is None:
+        return "fla-core is not installed (pip install 'hybrid-models[gpu]')"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} stays in torch, where products are not rounded to TF32"
+    if delta and key_width > MAX_KEY_WIDTH:
+        return f"its delta rule takes key heads of at most {MAX_KEY_WIDTH}, these have {key_width}"
+    return None
+
+
+def _is_fixed(log_decay: torch.Tensor) -> bool:
+    """Whether a [B, T, H] decay is one [H] expanded (RetNet's)."""
+    return log_decay.stride(1) == 0 and (log_decay.shape[0] == 1 or log_decay.stride(0) == 0)
+
+
+def _miscompiles_gated_backward() -> bool:
+    """Triton 3.4 to 3.7.0 computes the gradient of fla's per-head gates wrongly on Hopper cards (fla issue 640)."""
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    return torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= version < (3, 7, 1)
+
+
+def refuse_miscompiled_backward() -> None:
+    """Raise where the gradient would be wrong, before any time is spent.
+
+    Raises:
+        RuntimeError: see ``_miscompiles_gated_backward``, and there is no tilelang to take Triton's place.
+    """
+    if _miscompiles_gated_backward() and importlib.util.find_spec("tilelang") is None:
+        raise RuntimeError(
+            f"Triton {triton.__version__} computes the gradient of the gated delta rule wrongly on this card "
+            f"({torch.cuda.get_device_name()}): pip install tilelang, or use Triton 3.7.1 or later, or set "
+            "HYBRID_LINEAR_BACKEND=torch."
+        )
+
+
+def chunk(
+    q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype=torch.bfloat16, scale=None, valid=None, reset=None
+):
+    """As ``recurrence.chunk``, with ``dtype``: what q, k and v are rounded to."""
+    if valid is not None:
+        v, k, log_decay = _drop_invalid(valid, v, k, log_decay)
+    per_token = log_decay is not None and log_decay.dim() == 3 and k is not None and not _is_fixed(log_decay)
+    if per_token and beta is None and torch.is_grad_enabled() and _miscompiles_gated_backward():
+        # RetNet with padding: the fixed decay has an unaffected kernel, which cannot skip tokens.
+        return torch_chunk(q, k, v, log_decay, beta, initial_state, scale=scale, reset=reset)
+    lengths, rows = None, v.shape[0]
+    if reset is not None:
+        lengths, last = _cumulative_lengths(reset)
+        initial_state = _at_row_starts(initial_state, lengths, reset)
+        q, k, v, log_decay, beta = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, log_decay, beta))
+    with torch.autocast("cuda", enabled=False):
+        o, state = _call(q, k, v, log_decay, beta, initial_state, dtype, _scale(k, scale), lengths)
+    if reset is not None:
+        o = None if o is None else o.unflatten(1, (rows, -1))[0]
+        state = state[last]
+    return o, state
+
+
+def _call(q, k, v, log_decay, beta, state, dtype, scale, lengths):
+    state = None if state is None else state.float()
+    if k is None:
+        return _vector(v.to(dtype), log_decay.float(), state, lengths)
+    wanted = q is not None
+    q, k, v = (k if q is None else q).to(dtype), k.to(dtype), v.to(dtype)
+    shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=lengths)
+    if beta is None and log_decay is not None and log_decay.dim() == 4:
+        kernel = _kernel("chunk_gla")
+        shared["g"] = log_decay.float()
+    elif beta is None:
+        kernel = _kernel("chunk_simple_gla")
+        if log_decay is not None and _is_fixed(log_decay):
+            shared["g_gamma"] = log_decay[0, 0].float()
+        else:
+            shared["g"] = None if log_decay is None else log_decay.float().contiguous()
+    elif log_decay is None:
+        kernel = _kernel("chunk_delta_rule")
+        shared["beta"] = beta.to(dtype)
+    else:
+        if torch.is_grad_enabled():
+            refuse_miscompiled_backward()
+        kernel = _kernel("chunk_gated_delta_rule")
+        shared |= dict(g=log_decay.float(), beta=beta.float())
+    o, state = kernel(**shared)
+    return (o.float() if wanted else None), state
+
+
+def _kernel(name: str):
+    """One of fla-core's functions; inside try, or fla-core would be a requirement of every checkpoint that ships this."""
+    try:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.gla import chunk_gla
+        from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        raise RuntimeError(
+            f"fla-core does not import ({error}): reinstall it, or set HYBRID_LINEAR_BACKEND=torch."
+        ) from error
+    _limit_search()
+    return {
+        "chunk_delta_rule": chunk_delta_rule,
+        "chunk_gated_delta_rule": chunk_gated_delta_rule,
+        "chunk_gla": chunk_gla,
+        "chunk_hgrn": chunk_hgrn,
+        "chunk_simple_gla": chunk_simple_gla,
+        "fused_recurrent_hgrn": fused_recurrent_hgrn,
+    }[name]
+
+
+def _limit_search() -> None:
+    """Leave every autotuned kernel of fla one configuration, 4 warps and 2 stages or the nearest to it.
+
+    Trying all of them takes four minutes before the first training step and gains 5 to 10 % afterwards;
+    HYBRID_LINEAR_SEARCH=1 keeps the search, for long runs.
+    """
+    if os.environ.get("HYBRID_LINEAR_SEARCH") == "1":
+        return
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("fla.") or name in _limited:
+            continue
+        _limited.add(name)
+        for kernel in list(vars(module).values()):
+            while kernel is not None and not isinstance(kernel, type):  # Heuristics and Autotuner wrap each other
+                if isinstance(kernel, triton.runtime.Autotuner) and len(kernel.configs) > 1:
+                    kernel.configs = [min(kernel.configs, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))]
+                kernel = getattr(kernel, "fn", None)
+
+
+_limited: set[str] = set()
+
+
+def _vector(v, log_decay, state, lengths):
+    if state is None and lengths is None:
+        o, _ = _kernel("chunk_hgrn")(x=v, g=log_decay)
+        o = o.float()
+        return o, o[:, -1]  # the states are the output; chunk_hgrn drops the gradient of the one it returns apart
+    kernel = _kernel("fused_recurrent_hgrn")
+    o, state = kernel(x=v, g=log_decay, initial_state=state, output_final_state=True, cu_seqlens=lengths)
+    return o.float(), state.float()
+
+
+def _cumulative_lengths(reset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fla's cu_seqlens over the flattened [B * T] rows, and for each row the index of its last document."""
+    starts = reset.clone()
+    starts[:, 0] = True
+    places = starts.flatten().nonzero()[:, 0]
+    lengths = F.pad(places, (0, 1), value=reset.numel())
+    return lengths, starts.sum(1).cumsum(0) - 1
+
+
+def _at_row_starts(state, lengths, reset):
+    """Initial states for every document: a row's own for its first, unless that one begins anew, and zeros."""
+    if state is None:
+        return None
+    rows, tokens = reset.shape
+    documents = state.new_zeros(len(lengths) - 1, *state.shape[1:])
+    first = torch.searchsorted(lengths, torch.arange(rows, device=reset.device) * tokens)
+    kept = state * reset[:, 0].logical_not().reshape(-1, *[1] * (state.dim() - 1))
+    return documents.index_copy(0, first, kept.to(documents.dtype))
+
+
+__all__ = ["chunk", "refuse_miscompiled_backward", "why_not"]

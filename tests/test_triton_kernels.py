@@ -1,0 +1,168 @@
+"""The decode step's Triton kernels against the model's own torch path, in Triton's interpreter on the CPU.
+
+float32, tolerance 1e-5 relative to values of order one: both sides sum the same at most 64 terms in another order. What
+a device adds (capture, 16 bits, large batches) is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybrid_models import triton_kernels
+from hybrid_models.decode_step import DecodeStep, why_not, why_not_shape
+from hybrid_models.triton_kernels import linear_rows
+from tests.common import tiny_model, tokens
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Wider blocks than a GPU wants: the interpreter's time goes by programs, and the arithmetic is the same."""
+    monkeypatch.setattr(triton_kernels, "linear_config", lambda *_: (32, 32, 4, 1))
+
+
+def rms(x, weight, eps=1e-6):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@pytest.fixture
+def normal():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+# One row, a few rows (multiplied one by one) and more (tensor-core tiles).
+@pytest.mark.parametrize("rows", [1, 3, 6])
+class TestLinearRows:
+    def test_several_weights_after_one_norm(self, rows, normal):
+        x, weights, norm = normal(rows, 48), [normal(n, 48) for n in (24, 8, 2)], normal(48)
+        y = torch.zeros(rows, 40)
+        linear_rows(x, weights, y, norm=norm)
+        torch.testing.assert_close(y[:, :34], rms(x, norm) @ torch.cat(weights).t(), **CLOSE)
+        assert not y[:, 34:].any()
+
+    @pytest.mark.parametrize("act", ["silu", "sigmoid"])
+    @pytest.mark.parametrize("head", [0, 16])
+    def test_gate_and_residual(self, rows, normal, head, act):
+        x, weight, norm, gate, h = (
+            normal(rows, 64),
+            normal(20, 64),
+            normal(head or 64),
+            normal(rows, 64),
+            normal(rows, 20),
+        )
+        normed = rms(x.unflatten(1, (-1, head or 64)), norm).flatten(1)
+        want = h + (normed * {"silu": F.silu, "sigmoid": torch.sigmoid}[act](gate)) @ weight.t()
+        linear_rows(x, [weight], h, norm=norm, head=head, gate=gate, gate_act=act, residual=True)
+        torch.testing.assert_close(h, want, **CLOSE)
+
+    def test_swiglu(self, rows, normal):
+        x, gate, up, y = normal(rows, 40), normal(24, 40), normal(24, 40), torch.zeros(rows, 24)
+        linear_rows(x, [gate, up], y, swiglu=True)
+        torch.testing.assert_close(y, F.silu(x @ gate.t()) * (x @ up.t()), **CLOSE)
+
+    def test_convolution(self, rows, normal):
+        """Three tokens through the window: the first 12 of 20 outputs are convolved, the rest are not."""
+        weights, taps, window = [normal(8, 16), normal(4, 16), normal(8, 16)], normal(12, 1, 4), normal(rows, 3, 12)
+        inputs = window.clone()
+        for _ in range(3):
+            x, y = normal(rows, 16), torch.zeros(rows, 20)
+            projected = x @ torch.cat(weights).t()
+            inputs = torch.cat((inputs, projected[:, None, :12]), 1)
+            linear_rows(x, weights, y, window=window, taps=taps)
+            want = torch.einsum("btc,ct->bc", inputs[:, -4:], taps[:, 0])
+            torch.testing.assert_close(y, torch.cat((want, projected[:, 12:]), 1), **CLOSE)
+            torch.testing.assert_close(window, inputs[:, -3:], **CLOSE)
+
+
+VARIANTS = {
+    "hgrn": ("hgrn", {}),
+    "hgrn, no bounds": ("hgrn", dict(linear_use_lower_bound=False)),
+    "retnet, grouped": ("retnet", dict(linear_num_query_heads=4)),
+    "gla": ("gla", {}),
+    "gla, grouped, conv": ("gla", dict(linear_num_query_heads=4, linear_use_short_conv=True)),
+    "hgrn2": ("hgrn2", {}),
+    "delta_net, negative": ("delta_net", dict(linear_allow_neg_eigval=True)),
+    "gated_delta_net": ("gated_delta_net", {}),
+    "gated_delta_net, grouped, sigmoid": (
+        "gated_delta_net",
+        dict(
+            linear_num_value_heads=4, linear_output_gate_act="sigmoid", linear_key_head_dim=12, linear_value_head_dim=8
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_is_the_models_own(variant, rows):
+    """Two tokens after a padded prompt, and what the cache then holds; two recurrent layers and one that attends."""
+    mixer, fields = VARIANTS[variant]
+    model = tiny_model(mixer, "3-1", torch.float32, num_hidden_layers=3, **fields)
+    prompt, following = tokens(rows, 9), tokens(rows, 2, seed=1)
+    mask = torch.ones_like(prompt)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
+        step = DecodeStep(model, rows, 32)
+        mine = copy.deepcopy(cache)
+        step.load(mine, mask)
+        for t in range(2):
+            mask = F.pad(mask, (0, 1), value=1)
+            want = model(following[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits[:, 0]
+            got = step(following[:, t], mask.sum(1) - 1)
+            torch.testing.assert_close(got, want, **CLOSE)
+        step.store(mine, 2)
+    assert mine.get_seq_length() == cache.get_seq_length() == 11
+    for a, b in zip(mine.layers, cache.layers, strict=True):
+        pairs = [(a.keys, b.keys), (a.values, b.values)]
+        if hasattr(a, "recurrent_states"):
+            pairs = [(a.recurrent_states[0], b.recurrent_states[0]), (a.conv_states[0], b.conv_states[0])]
+        for x, y in pairs:
+            if x is not None or y is not None:
+                torch.testing.assert_close(x, y, **CLOSE)
+
+
+@pytest.mark.parametrize("which", ["none", "one row", "all rows", "first token"])
+def test_greedy_on_the_device_ends_where_the_library_does(which):
+    model = tiny_model("gla", "pure", torch.float32, num_hidden_layers=2)
+    prompt = tokens(3, 8)
+    free = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    eos = {
+        "none": None,
+        "one row": [int(free[0, 10])],
+        "all rows": [int(x) for x in free[:, 11]],
+        "first token": [int(free[0, 8])],
+    }[which]
+    want = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    with torch.no_grad():
+        out = model(prompt, use_cache=True)
+        step = DecodeStep(model, 3, 32)
+        step.load(out.past_key_values, None)
+        eos = None if eos is None else torch.tensor(eos)
+        got = step.greedy(out.logits[:, -1].argmax(-1), torch.full((3,), 8), 6, eos, torch.tensor(0))
+    assert torch.equal(torch.cat((prompt, got), 1), want)
+
+
+def test_what_it_leaves_to_the_plain_path():
+    model = tiny_model("gated_delta_net", "3-1", torch.float32)
+    assert "is on cpu" in why_not(model)
+    assert why_not_shape(model) is None
+    assert "float64" in why_not_shape(tiny_model("gla", "pure"))
+    assert "sliding window" in why_not_shape(tiny_model("gla", "3-1", torch.float32, sliding_window=4))
+    assert "power of two" in why_not_shape(tiny_model("gla", "pure", torch.float32, linear_value_head_dim=12))
+
+
+@pytest.mark.parametrize("target", ["gk_proj.0", "embed_tokens", "lm_head", "q_proj"])
+def test_adapters_are_never_bypassed(target):
+    """The step reads weights past their modules, so a module that does more than multiply must be seen."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("gla", "3-1", torch.float32)
+    get_peft_model(model, LoraConfig(target_modules=[target]))
+    assert "adapter" in why_not_shape(model)
