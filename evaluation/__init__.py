@@ -1,0 +1,1 @@
+"""What is measured on a checkpoint. Run from a checkout: ``python -m evaluation.certify --help``."""
