@@ -59,7 +59,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with a + where tracked files differ from it."""
+    """The commit of the checkout, with a + where tracked files differ from it; BENCHMARK_COMMIT where there is no git."""
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return given
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

@@ -32,6 +32,7 @@ from .triton_kernels import triton
 
 BACKENDS = ("torch", "fla", "triton")
 ENVIRONMENT_VARIABLE = "HYBRID_LINEAR_BACKEND"
+SHORT_PREFILL = 1024  # tokens per row; without gradients, shorter sequences are not worth a cold start
 
 
 class Choice(NamedTuple):
@@ -79,6 +80,8 @@ def select(device: torch.device, dtype: torch.dtype, tokens: int, delta: bool = 
     if tokens == 1:
         return Choice("torch", True, "a single token outside a captured decode step")
     reason = why_not_fla(device, dtype, delta, key_width)
+    if reason is None and forced is None and tokens < SHORT_PREFILL and not torch.is_grad_enabled():
+        return Choice("torch", True, f"fewer than {SHORT_PREFILL} tokens: sooner done than fla's kernels are compiled")
     if reason is None:
         return Choice("fla", True, "a sequence in 16 bits on CUDA")
     if forced == "fla":

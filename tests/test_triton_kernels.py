@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid_models import triton_kernels
-from hybrid_models.decode_step import DecodeStep, why_not, why_not_shape
-from hybrid_models.triton_kernels import linear_rows
-from tests.common import tiny_model, tokens
+pytest.importorskip("triton", reason="Triton is for Linux and Windows")
+
+from hybrid_models import triton_kernels  # noqa: E402
+from hybrid_models.decode_step import DecodeStep, why_not, why_not_shape  # noqa: E402
+from hybrid_models.triton_kernels import linear_rows  # noqa: E402
+from tests.common import tiny_model, tokens  # noqa: E402
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
