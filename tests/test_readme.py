@@ -1,0 +1,48 @@
+"""The README's commands come first, its examples run as they stand, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from training import demo
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def test_it_begins_with_two_commands():
+    assert re.search(r"^```\w*\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)[1] == "make demo\nmake test\n"
+
+
+def test_files_and_modules_that_it_names_exist():
+    paths = set(re.findall(r"`([\w./-]+\.(?:py|cfg|txt|toml))`", TEXT))
+    assert paths and not [path for path in sorted(paths) if not (ROOT / path).exists()]
+    modules = set(re.findall(r"python -m ([\w.]+)", TEXT))
+    assert modules and not [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()]
+
+
+def test_examples_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demo.run("runs/demo", max_steps=1, max_bytes=100_000, max_new_tokens=1)
+    ids = torch.arange(3, 35)
+    names = {"dataset": [{"input_ids": ids, "labels": ids}] * 8}
+    blocks = [block for block in code_blocks("python") if "from_fla" not in block]  # which downloads
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(block.replace("max_steps=100", "max_steps=1, use_cpu=True"), names)
+
+    assert names["config"].layer_picture() == "LLLLLALLLLLA"
+    assert "def main():" in capsys.readouterr().out
+    assert (tmp_path / "runs/tuned/modeling_hybrid_linear.py").is_file()
+    assert names["model"].active_adapter == "default"
+
+
+def test_the_entry_to_other_checkpoints_is_exported():
+    (block,) = [block for block in code_blocks("python") if "from_fla" in block]
+    module, name = re.search(r"(hybrid_models[\w.]*)\.(from_fla)\(", block).groups()
+    assert callable(getattr(__import__(module), name))

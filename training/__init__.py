@@ -1,0 +1,1 @@
+"""Training from a checkout; not installed with the library."""
