@@ -289,13 +289,17 @@ class _Session:
 
     def __init__(self, step: DecodeStep, model: nn.Module, cache):
         self.step, self.model, self.cache, self.tokens = step, model, cache, 0
+        self.prefilling = False  # a prompt, or a chunk of one, may be a single token too, and it may be padding
 
     def serves(self, model, input_ids, cache) -> bool:
-        return model is self.model and cache is self.cache and input_ids is not None and input_ids.shape[1] == 1
+        if self.prefilling or model is not self.model or cache is not self.cache:
+            return False
+        return input_ids is not None and input_ids.shape[1] == 1
 
     def greedy(self, first, positions, attention_mask, limit, eos, pad) -> torch.Tensor:
         """As ``DecodeStep.greedy``; attention_mask [batch, columns of the prompt] or None."""
         self.step.load(self.cache, attention_mask)
+        self.tokens += 1
         return self.step.greedy(first, positions, limit, eos, pad)
 
     def __call__(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
@@ -304,6 +308,20 @@ class _Session:
             self.step.load(self.cache, None if attention_mask is None else attention_mask[:, :-1])
         self.tokens += 1
         return self.step(input_ids[:, 0], position_ids[:, -1].expand(self.step.batch))[:, None]
+
+
+@contextmanager
+def prefilling():
+    """Inside, forwards are a prompt's and take the plain path."""
+    current = _session.get()
+    if current is None:
+        yield
+        return
+    current.prefilling = True
+    try:
+        yield
+    finally:
+        current.prefilling = False
 
 
 _session: ContextVar[_Session | None] = ContextVar("hybrid_linear_decode_session", default=None)
@@ -367,13 +385,22 @@ def _pointers(model) -> tuple[int, ...]:
     return tuple(parameter.data_ptr() for parameter in model.parameters())
 
 
-def why_not(model: nn.Module) -> str | None:
-    """Why this model's decode step cannot be captured, or None if it can."""
+def why_not(model: nn.Module, batch: int = 1, max_length: int = 0) -> str | None:
+    """Why this model's decode step cannot be captured, or None if it can.
+
+    Args:
+        batch, max_length: rows and columns to reserve; by default the memory is not looked at.
+    """
     weight = model.lm_head.weight
     if triton is None:
         return "Triton is not installed"
     if weight.device.type != "cuda":
         return f"the model is on {weight.device.type}"
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    wanted = batch * max_length * model.config.kv_bytes_per_token(weight.element_size())
+    if wanted > free // 2:  # the prompt's own cache is there at the same time
+        return f"buffers for {batch} x {max_length} tokens take {wanted / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
     return why_not_shape(model)
 
 
@@ -406,4 +433,4 @@ def why_not_shape(model: nn.Module) -> str | None:
     return None
 
 
-__all__ = ["DecodeStep", "active_session", "release", "session", "why_not"]
+__all__ = ["DecodeStep", "active_session", "prefilling", "release", "session", "why_not"]

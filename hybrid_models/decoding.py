@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .cache import adopt, stop_recording
-from .decode_step import MAX_EOS, session, why_not
+from .decode_step import MAX_EOS, prefilling, session, why_not
 from .kernels import ENVIRONMENT_VARIABLE, forced_backend
 from .layout import create_masks
 
@@ -69,7 +69,8 @@ class HybridGenerationMixin:
                 "prefill_chunk_size does not go with padding on the right: a whole chunk of a row could be padding. Pad on "
                 "the left, or leave prefill_chunk_size away."
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        with prefilling():
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(
         self,
@@ -84,16 +85,14 @@ class HybridGenerationMixin:
         """Greedy search and sampling: the library's loop, with the decode step captured where it can be."""
         run = super()._sample
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-        reason = self._why_not_captured(generation_config, model_kwargs)
+        reason = self._why_not_captured(input_ids, generation_config, model_kwargs)
         if reason is not None:
             if forced_backend() == "triton":
                 raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=triton, but the decode step cannot be captured: {reason}.")
             return run(*arguments, **model_kwargs)
         cache = model_kwargs["past_key_values"]
         keep = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        columns = cache.get_seq_length() + generation_config.max_length
-        if model_kwargs.get("inputs_embeds") is not None:
-            columns += model_kwargs["inputs_embeds"].shape[1]
+        columns = self._columns(generation_config, model_kwargs)
         plain_loop = keep or logits_processor or streamer or synced_gpus or generation_config.do_sample
         with session(self, cache, input_ids.shape[0], columns, keep_cache=keep) as current:
             if plain_loop or not _only_length_and_eos(stopping_criteria):
@@ -111,7 +110,14 @@ class HybridGenerationMixin:
         tokens = current.greedy(first, positions, mask, limit, eos, pad)
         return torch.cat((input_ids, tokens), 1)
 
-    def _why_not_captured(self, generation_config, model_kwargs) -> str | None:
+    @staticmethod
+    def _columns(generation_config, model_kwargs) -> int:
+        """The most that the cache may come to hold."""
+        embeds = model_kwargs.get("inputs_embeds")
+        past = model_kwargs["past_key_values"].get_seq_length()
+        return past + generation_config.max_length + (0 if embeds is None else embeds.shape[1])
+
+    def _why_not_captured(self, input_ids, generation_config, model_kwargs) -> str | None:
         """Why this call of generate() does not take the captured step, or None if it does."""
         cache = model_kwargs.get("past_key_values")
         if forced_backend() == "torch":
@@ -130,7 +136,7 @@ class HybridGenerationMixin:
             return "the cache records tokens for rollback"
         if generation_config.max_length is None:
             return "there is no maximum length"
-        return why_not(self)
+        return why_not(self, input_ids.shape[0], self._columns(generation_config, model_kwargs))
 
     @staticmethod
     def create_masks_for_generate(

@@ -43,7 +43,7 @@ class KeepsFloat32(nn.Module):
         def keep(tensor):
             new = fn(tensor)
             narrowed = new.is_floating_point() and new.dtype.itemsize < tensor.dtype.itemsize and new.dtype.itemsize < 4
-            return tensor.to(new.device) if narrowed else new
+            return tensor.to(new.device, torch.float32) if narrowed else new
 
         return super()._apply(keep, recurse=False)
 

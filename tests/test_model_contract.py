@@ -520,3 +520,11 @@ def test_parallel_plans_name_modules_that_exist(arch):
             assert found, pattern
     blocks = {type(m).__name__ for m in model.modules()}
     assert set(HybridLinearModel._no_split_modules) <= blocks
+
+
+def test_float64_to_16_bits_keeps_decays_in_float32():
+    """Not in float64, which would drag the state along."""
+    model = tiny_model("gated_delta_net", "3-1").to(torch.bfloat16)
+    mixer = model.model.layers[0].linear_attn
+    assert mixer.A_log.dtype == mixer.dt_bias.dtype == torch.float32
+    assert mixer.q_proj.weight.dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """The README's commands come first, its examples run as they stand, and what it names exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -46,3 +47,13 @@ def test_the_entry_to_other_checkpoints_is_exported():
     (block,) = [block for block in code_blocks("python") if "from_fla" in block]
     module, name = re.search(r"(hybrid_models[\w.]*)\.(from_fla)\(", block).groups()
     assert callable(getattr(__import__(module), name))
+
+
+def test_decode_times_are_those_of_the_result_file():
+    result = json.loads((ROOT / "benchmarks/results/decode.json").read_text())
+    rows = re.findall(r"^\| `([\w.-]+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", TEXT, re.MULTILINE)
+    assert [row[0] for row in rows] == list(result["cells"])
+    for cell, *shown in rows:
+        one, many = (result["cells"][cell]["batches"][batch] for batch in ("1", "32"))
+        figures = (one["greedy"]["ms_per_step"], one["greedy"]["tb_s"], one["sampling"]["ms_per_step"])
+        assert shown == [f"{figure:.2f}" for figure in (*figures, many["greedy"]["ms_per_step"])]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is for Linux and Windows")
 
-from hybrid_models import triton_kernels  # noqa: E402
+from hybrid_models import decoding, triton_kernels  # noqa: E402
 from hybrid_models.decode_step import DecodeStep, why_not, why_not_shape  # noqa: E402
 from hybrid_models.triton_kernels import linear_rows  # noqa: E402
 from tests.common import tiny_model, tokens  # noqa: E402
@@ -149,6 +149,25 @@ def test_greedy_on_the_device_ends_where_the_library_does(which):
         eos = None if eos is None else torch.tensor(eos)
         got = step.greedy(out.logits[:, -1].argmax(-1), torch.full((3,), 8), 6, eos, torch.tensor(0))
     assert torch.equal(torch.cat((prompt, got), 1), want)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("loop", ["on the device", "the library's"])
+def test_generate_with_prompts_of_single_tokens(chunk, loop, monkeypatch):
+    """One-token forwards that belong to a prompt, some of them padding, must not be taken for decoding."""
+    monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))  # lets the CPU pass
+    model = tiny_model("gla", "3-1", torch.float32, num_hidden_layers=3)
+    prompt = tokens(2, 1 if chunk is None else 4)
+    mask = torch.ones_like(prompt)
+    mask[0, : 0 if chunk is None else 2] = 0
+    more = {} if loop == "on the device" else dict(return_dict_in_generate=True)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("HYBRID_LINEAR_BACKEND", backend)
+        options = dict(attention_mask=mask, max_new_tokens=4, do_sample=False, prefill_chunk_size=chunk)
+        out = model.generate(prompt, **options, **more)
+        results.append(out.sequences if more else out)
+    assert torch.equal(*results)
 
 
 def test_what_it_leaves_to_the_plain_path():

@@ -239,7 +239,7 @@ def run(
     output_dir: str | Path = "runs/demo",
     *,
     max_steps: int = 700,
-    max_seconds: float = 85.0,
+    max_seconds: float = 80.0,
     max_bytes: int = 6_000_000,
     prompt: str = PROMPT,
     max_new_tokens: int = 120,
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output-dir", default="runs/demo", help="checkpoint directory (default runs/demo)")
     parser.add_argument("--max-steps", type=int, default=700, help="optimiser steps (default 700)")
-    parser.add_argument("--max-seconds", type=float, default=85.0, help="training ends then at the latest (default 85)")
+    parser.add_argument("--max-seconds", type=float, default=80.0, help="training ends then at the latest (default 80)")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=120, help="(default 120)")
     parser.add_argument("--seed", type=int, default=0, help="(default 0)")
