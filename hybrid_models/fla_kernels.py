@@ -11,7 +11,6 @@ import os
 import sys
 
 import torch
-import torch.nn.functional as F
 
 from .recurrence import _drop_invalid, _scale
 from .recurrence import chunk as torch_chunk
@@ -20,7 +19,9 @@ from .triton_kernels import triton
 MAX_KEY_WIDTH = 256  # of the delta rules' kernels
 
 
-def why_not(device: torch.device, dtype: torch.dtype, delta: bool = False, key_width: int = 0) -> str | None:
+def why_not(
+    device: torch.device, dtype: torch.dtype, delta: bool = False, key_width: int = 0, packed: bool = False
+) -> str | None:
     """Why fla-core does not serve such a call, or None if it does."""
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device.type}"
@@ -30,6 +31,8 @@ def why_not(device: torch.device, dtype: torch.dtype, delta: bool = False, key_w
         return "fla-core is not installed (pip install 'hybrid-models[gpu]')"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} stays in torch, where products are not rounded to TF32"
+    if packed:
+        return "packed documents stay in torch in this version"
     if delta and key_width > MAX_KEY_WIDTH:
         return f"its delta rule takes key heads of at most {MAX_KEY_WIDTH}, these have {key_width}"
     return None
@@ -60,36 +63,25 @@ def refuse_miscompiled_backward() -> None:
         )
 
 
-def chunk(
-    q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype=torch.bfloat16, scale=None, valid=None, reset=None
-):
-    """As ``recurrence.chunk``, with ``dtype``: what q, k and v are rounded to."""
+def chunk(q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype=torch.bfloat16, scale=None, valid=None):
+    """As ``recurrence.chunk`` without packing, and with ``dtype``: what q, k and v are rounded to."""
     if valid is not None:
         v, k, log_decay = _drop_invalid(valid, v, k, log_decay)
     per_token = log_decay is not None and log_decay.dim() == 3 and k is not None and not _is_fixed(log_decay)
     if per_token and beta is None and torch.is_grad_enabled() and _miscompiles_gated_backward():
         # RetNet with padding: the fixed decay has an unaffected kernel, which cannot skip tokens.
-        return torch_chunk(q, k, v, log_decay, beta, initial_state, scale=scale, reset=reset)
-    lengths, rows = None, v.shape[0]
-    if reset is not None:
-        lengths, last = _cumulative_lengths(reset)
-        initial_state = _at_row_starts(initial_state, lengths, reset)
-        q, k, v, log_decay, beta = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, log_decay, beta))
+        return torch_chunk(q, k, v, log_decay, beta, initial_state, scale=scale)
     with torch.autocast("cuda", enabled=False):
-        o, state = _call(q, k, v, log_decay, beta, initial_state, dtype, _scale(k, scale), lengths)
-    if reset is not None:
-        o = None if o is None else o.unflatten(1, (rows, -1))[0]
-        state = state[last]
-    return o, state
+        return _call(q, k, v, log_decay, beta, initial_state, dtype, _scale(k, scale))
 
 
-def _call(q, k, v, log_decay, beta, state, dtype, scale, lengths):
+def _call(q, k, v, log_decay, beta, state, dtype, scale):
     state = None if state is None else state.float()
     if k is None:
-        return _vector(v.to(dtype), log_decay.float(), state, lengths)
+        return _vector(v.to(dtype), log_decay.float(), state)
     wanted = q is not None
     q, k, v = (k if q is None else q).to(dtype), k.to(dtype), v.to(dtype)
-    shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=lengths)
+    shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=True)
     if beta is None and log_decay is not None and log_decay.dim() == 4:
         kernel = _kernel("chunk_gla")
         shared["g"] = log_decay.float()
@@ -156,34 +148,13 @@ def _limit_search() -> None:
 _limited: set[str] = set()
 
 
-def _vector(v, log_decay, state, lengths):
-    if state is None and lengths is None:
+def _vector(v, log_decay, state):
+    if state is None:
         o, _ = _kernel("chunk_hgrn")(x=v, g=log_decay)
         o = o.float()
         return o, o[:, -1]  # the states are the output; chunk_hgrn drops the gradient of the one it returns apart
-    kernel = _kernel("fused_recurrent_hgrn")
-    o, state = kernel(x=v, g=log_decay, initial_state=state, output_final_state=True, cu_seqlens=lengths)
+    o, state = _kernel("fused_recurrent_hgrn")(x=v, g=log_decay, initial_state=state, output_final_state=True)
     return o.float(), state.float()
-
-
-def _cumulative_lengths(reset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fla's cu_seqlens over the flattened [B * T] rows, and for each row the index of its last document."""
-    starts = reset.clone()
-    starts[:, 0] = True
-    places = starts.flatten().nonzero()[:, 0]
-    lengths = F.pad(places, (0, 1), value=reset.numel())
-    return lengths, starts.sum(1).cumsum(0) - 1
-
-
-def _at_row_starts(state, lengths, reset):
-    """Initial states for every document: a row's own for its first, unless that one begins anew, and zeros."""
-    if state is None:
-        return None
-    rows, tokens = reset.shape
-    documents = state.new_zeros(len(lengths) - 1, *state.shape[1:])
-    first = torch.searchsorted(lengths, torch.arange(rows, device=reset.device) * tokens)
-    kept = state * reset[:, 0].logical_not().reshape(-1, *[1] * (state.dim() - 1))
-    return documents.index_copy(0, first, kept.to(documents.dtype))
 
 
 __all__ = ["chunk", "refuse_miscompiled_backward", "why_not"]

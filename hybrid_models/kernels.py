@@ -67,7 +67,14 @@ def forced_backend() -> str | None:
     return forced
 
 
-def select(device: torch.device, dtype: torch.dtype, tokens: int, delta: bool = False, key_width: int = 0) -> Choice:
+def select(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    delta: bool = False,
+    key_width: int = 0,
+    packed: bool = False,
+) -> Choice:
     """The back end for the law on ``tokens`` tokens per row of a model in ``dtype``.
 
     Raises:
@@ -79,7 +86,7 @@ def select(device: torch.device, dtype: torch.dtype, tokens: int, delta: bool = 
         return Choice("torch", True, f"forced by {ENVIRONMENT_VARIABLE}")
     if tokens == 1:
         return Choice("torch", True, "a single token outside a captured decode step")
-    reason = why_not_fla(device, dtype, delta, key_width)
+    reason = why_not_fla(device, dtype, delta, key_width, packed)
     if reason is None and forced is None and tokens < SHORT_PREFILL and not torch.is_grad_enabled():
         return Choice("torch", True, f"fewer than {SHORT_PREFILL} tokens: sooner done than fla's kernels are compiled")
     if reason is None:
@@ -105,20 +112,22 @@ def use_law(law: Callable):
         _law.reset(token)
 
 
-def recurrence(q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype: torch.dtype | None = None, **options):
+def recurrence(
+    q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype: torch.dtype | None = None, reset=None, **options
+):
     """The law on the back end that serves; arguments and results as in ``recurrence.reference``.
 
     Args:
         dtype: the model's; q, k and v may be wider, having passed through float32 gates. Default: v's.
     """
     if not torch.compiler.is_compiling() and (law := _law.get()) is not None:
-        return law(q, k, v, log_decay, beta, initial_state, **options)
-    dtype = dtype or v.dtype
-    choice = select(v.device, dtype, v.shape[1], beta is not None, 0 if k is None else k.shape[-1])
+        return law(q, k, v, log_decay, beta, initial_state, reset=reset, **options)
+    dtype, key_width = dtype or v.dtype, 0 if k is None else k.shape[-1]
+    choice = select(v.device, dtype, v.shape[1], beta is not None, key_width, reset is not None)
     if choice.name == "fla":
         return fla_chunk(q, k, v, log_decay, beta, initial_state, dtype=dtype, **options)
     form = step if v.shape[1] == 1 else chunk
-    return form(q, k, v, log_decay, beta, initial_state, **options)
+    return form(q, k, v, log_decay, beta, initial_state, reset=reset, **options)
 
 
 __all__ = ["Choice", "describe", "forced_backend", "recurrence", "select", "use_law"]

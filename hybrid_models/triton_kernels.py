@@ -3,7 +3,7 @@
 At decode time a model reads each weight once and computes almost nothing, so what counts is bytes and launches. A layer
 is: ``linear_rows`` (norm and all projections of one input, with the short convolution), the mixer's step (gates, state,
 output), ``linear_rows`` again (output norm, gate, projection, residual), and twice more for the MLP. Attention layers
-split their keys over programs (``attend``) and merge (``merge_splits``).
+have ``triton_attention`` in place of the step.
 
 Arithmetic is float32 whatever the storage, the state is float32, and every formula is the one in ``mixers`` and
 ``recurrence``, against which the tests compare each kernel in Triton's interpreter on the CPU:
@@ -281,89 +281,6 @@ def _vector_step_kernel(
     tl.store(o_ptr + row * o_stride + channels, state, mask=inside)
 
 
-@jit
-def _attend_kernel(
-    y_ptr, key_ptr, value_ptr, valid_ptr, length_ptr, position_ptr, freq_ptr, partial_ptr, y_stride, max_len, scale,
-    rope_scale, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr,
-    BT: tl.constexpr,
-):  # fmt: skip
-    """One head's attention over one share of the keys; the share with the newest column also stores it."""
-    row, head = tl.program_id(0) // H, tl.program_id(0) % H
-    split = tl.program_id(1)
-    group = head // (H // HK)
-    dims = tl.arange(0, BD)
-    half: tl.constexpr = D // 2
-    in_d = dims < D
-    length = tl.load(length_ptr).to(tl.int32)  # columns before this token
-    y = y_ptr + row * y_stride
-    angle = tl.load(position_ptr + row).to(tl.float32) * tl.load(freq_ptr + dims % half, mask=in_d, other=0.0)
-    cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
-    other = tl.where(dims < half, dims + half, dims - half)
-    sign = tl.where(dims < half, -1.0, 1.0)
-    k_at, v_at = y + (H + group) * D, y + (H + HK + group) * D
-    q = tl.load(y + head * D + dims, mask=in_d, other=0.0) * cos
-    q = (q + sign * tl.load(y + head * D + other, mask=in_d, other=0.0) * sin) * scale
-    store = key_ptr.dtype.element_ty
-    k_new = tl.load(k_at + dims, mask=in_d, other=0.0) * cos
-    k_new = (k_new + sign * tl.load(k_at + other, mask=in_d, other=0.0) * sin).to(store)
-    v_new = tl.load(v_at + dims, mask=in_d, other=0.0).to(store)
-
-    columns = length + 1
-    share = (columns + SPLITS - 1) // SPLITS
-    share = (share + BT - 1) // BT * BT
-    start = split * share
-    end = tl.minimum(start + share, columns)
-    base = (row * HK + group).to(tl.int64) * max_len * D
-    best, total = -float("inf"), 0.0
-    acc = tl.zeros((BD,), tl.float32)
-    for t in range(start, tl.minimum(end, length), BT):
-        times = t + tl.arange(0, BT)
-        in_t = times < tl.minimum(end, length)
-        at = base + times.to(tl.int64)[:, None] * D + dims[None, :]
-        inside = in_t[:, None] & in_d[None, :]
-        keys = tl.load(key_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.sum(keys * q[None, :], axis=1)
-        seen = in_t & (tl.load(valid_ptr + row * max_len + times, mask=in_t, other=0) != 0)
-        scores = tl.where(seen, scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=0))
-        safe = tl.where(new_best == -float("inf"), 0.0, new_best)
-        weights = tl.exp(scores - safe)
-        old = tl.exp(best - safe)
-        values = tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        acc = acc * old + tl.sum(values * weights[:, None], axis=0)
-        total = total * old + tl.sum(weights, axis=0)
-        best = new_best
-    if (end == columns) & (start < columns):
-        score = tl.sum(k_new.to(tl.float32) * q, axis=0)
-        new_best = tl.maximum(best, score)
-        old, weight = tl.exp(best - new_best), tl.exp(score - new_best)
-        acc = acc * old + v_new.to(tl.float32) * weight
-        total = total * old + weight
-        best = new_best
-        if head % (H // HK) == 0:
-            tl.store(key_ptr + base + length.to(tl.int64) * D + dims, k_new, mask=in_d)
-            tl.store(value_ptr + base + length.to(tl.int64) * D + dims, v_new, mask=in_d)
-    out = partial_ptr + (tl.program_id(0) * SPLITS + split) * (D + 2)
-    tl.store(out + dims, acc, mask=in_d)
-    tl.store(out + D, best)
-    tl.store(out + D + 1, total)
-
-
-@jit
-def _merge_splits_kernel(
-    partial_ptr, o_ptr, o_stride, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr
-):
-    row, head = tl.program_id(0) // H, tl.program_id(0) % H
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, BD)
-    at = partial_ptr + (tl.program_id(0) * SPLITS + splits) * (D + 2)
-    best = tl.load(at + D)
-    weight = tl.exp(best - tl.max(best, axis=0))
-    total = tl.sum(weight * tl.load(at + D + 1), axis=0)
-    parts = tl.load(at[:, None] + dims[None, :], mask=(dims < D)[None, :], other=0.0)
-    o = tl.sum(parts * weight[:, None], axis=0) / total
-    tl.store(o_ptr + row * o_stride + head * D + dims, o, mask=dims < D)
-
-
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
@@ -490,23 +407,4 @@ def vector_step(y, state, o, bound=None, rest=None):
     )  # fmt: skip
 
 
-def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_heads, rope_scale=1.0):
-    """Attention of one new token per row over a static cache, which it is appended to.
-
-    Args:
-        y: [B, *] float32 with q [H * D], k, v [HK * D] side by side, not yet rotated.
-        keys, values: [B, HK, max_len, D], column ``length`` written; valid: [B, max_len] bool.
-        length: 0-dim integer tensor, columns before this token; position: [B] integer, rotary position of it.
-        partial: [B * H * splits, D + 2] float32 scratch, splits a power of two; o: [B, H * D] float32, written.
-    """
-    B, HK, max_len, D = keys.shape
-    splits = partial.shape[0] // (B * num_heads)
-    BD = triton.next_power_of_2(D)
-    _attend_kernel[(B * num_heads, splits)](
-        y, keys, values, valid, length, position, inv_freq, partial, y.stride(0), max_len, D**-0.5, rope_scale,
-        num_heads, HK, D, splits, BD, max(16, 4096 // BD), num_warps=4,
-    )  # fmt: skip
-    _merge_splits_kernel[(B * num_heads,)](partial, o, o.stride(0), num_heads, D, splits, BD, num_warps=2)
-
-
-__all__ = ["attend", "delta_step", "gated_step", "linear_rows", "triton", "vector_step"]
+__all__ = ["FEW_ROWS", "delta_step", "gated_step", "jit", "linear_rows", "triton", "vector_step"]

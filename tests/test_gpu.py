@@ -153,27 +153,22 @@ def test_new_weights_are_seen(monkeypatch):
     assert largest_difference(plain, captured) < 1e-4
 
 
-@pytest.mark.parametrize("case", ["padded", "packed"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_fla_agrees_with_torch_in_training(mixer, case, monkeypatch):
-    """Gradients in bfloat16: fla may be at most 1.5 times as far from float32 as torch's own bfloat16 path, plus 2e-3 of
-    their norm."""
+def test_fla_agrees_with_torch_in_training(mixer, monkeypatch):
+    """Gradients in bfloat16, with padding: fla may be at most 1.5 times as far from float32 as torch's own bfloat16 path,
+    plus 2e-3 of their norm."""
     pytest.importorskip("fla")
     model = model_of(mixer, "pure", torch.bfloat16, num_hidden_layers=2)
     exact = copy.deepcopy(model).float()
     ids = torch.randint(3, 101, (2, 200), generator=torch.Generator().manual_seed(1)).cuda()
-    options, labels = {}, ids
-    if case == "padded":
-        mask = torch.ones_like(ids)
-        mask[0, 150:] = 0
-        options, labels = {"attention_mask": mask}, ids.masked_fill(mask == 0, -100)
-    else:
-        options = {"position_ids": torch.cat((torch.arange(70), torch.arange(130)))[None].expand(2, -1).cuda()}
+    mask = torch.ones_like(ids)
+    mask[0, 150:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
 
     def gradients(m, backend):
         monkeypatch.setenv("HYBRID_LINEAR_BACKEND", backend)
         m.zero_grad()
-        m(ids, labels=labels, use_cache=False, **options).loss.backward()
+        m(ids, labels=labels, attention_mask=mask, use_cache=False).loss.backward()
         return torch.cat([p.grad.flatten().float() for p in m.parameters()])
 
     want = gradients(exact, "torch")
