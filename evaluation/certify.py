@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -28,8 +26,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-import hybrid_models
 from hybrid_models import HybridLinearForCausalLM
+from hybrid_models.results import environment
 from hybrid_models.suite import parse_cell
 
 from .probe import Check, Probe, randomize
@@ -68,7 +66,7 @@ class Certificate:
     device: str
     seed: int
     versions: dict = field(default_factory=dict)
-    git_commit: str | None = None
+    commit: str | None = None
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
 
@@ -132,7 +130,7 @@ def load(target: str, dtype: torch.dtype, seed: int = 0):
         except ValueError as error:
             raise ValueError(f"{target!r} is not a directory, and {error}") from error
     config = AutoConfig.from_pretrained(target)
-    if config.model_type != hybrid_models.HybridLinearConfig.model_type:
+    if config.model_type != HybridLinearForCausalLM.config_class.model_type:
         raise ValueError(
             f"{target} holds a {config.model_type!r} model, but only hybrid_linear ones can be certified: convert a checkpoint "
             "of fla with `hybrid-linear convert` first."
@@ -177,7 +175,8 @@ def certify(
     certificate = Certificate(
         target, _describe(model), str(model.dtype).removeprefix("torch."), str(model.device), seed
     )
-    certificate.versions, certificate.git_commit = _versions(), _git_commit()
+    found = environment()
+    certificate.versions, certificate.commit = {"python": found["python"], **found["versions"]}, found["commit"]
     with _undisturbed(model, seed):
         for number in sorted(only or PROPERTIES):
             for check in _run(number, Probe(model, seed), clean_process):
@@ -228,33 +227,6 @@ def _describe(model) -> dict:
         "layers": model.config.layer_picture(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def _versions() -> dict:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hybrid_models": hybrid_models.__version__,
-    }
-
-
-def _git_commit() -> str | None:
-    """Of the checkout that runs, with a + for uncommitted changes; None outside of one."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(arguments: list[str] | None = None) -> int:
