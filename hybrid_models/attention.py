@@ -7,10 +7,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_hybrid_linear import HybridLinearConfig
-from .mixers import KeepsFloat32, full_precision
+from .kernels import operations
+from .mixers import KeepsFloat32
 
 
 class RotaryPositions(KeepsFloat32):
@@ -83,12 +84,10 @@ class HybridLinearAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = (p[:, None] for p in position_embeddings)
-        q, k = ((full_precision(x) * cos + rotate_half(full_precision(x)) * sin).to(v.dtype) for x in (q, k))
+        ops = operations(hidden_states)
+        qk, v = ops.project(hidden_states, (self.q_proj, self.k_proj), (self.v_proj,))
+        q, k = ops.rotate(qk, *position_embeddings, (self.config.num_attention_heads, self.config.num_key_value_heads))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v.unflatten(-1, (-1, self.head_dim))))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         # The implementation may be switched on the model's config after construction, which the layer's config shares.

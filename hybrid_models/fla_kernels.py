@@ -1,7 +1,7 @@
 """The law's chunk form on fla-core's CUDA kernels: training and prefill in 16 bits.
 
-Same signature as ``recurrence.chunk``. q, k and v are rounded to ``dtype``, what the kernels multiply in; gates, their
-sums and the states stay in float32, and so does what comes back. fla-core is imported at the first call.
+Same signature as ``recurrence.chunk``. q, k and v are rounded to ``dtype``, what the kernels multiply in, and what the
+outputs come back in; gates, their sums and the states stay in float32. fla-core is imported at the first call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def why_not(
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} stays in torch, where products are not rounded to TF32"
     if packed:
-        return "packed documents stay in torch in this version"
+        return "packed documents that continue a state stay in torch"
     if delta and key_width > MAX_KEY_WIDTH:
         return f"its delta rule takes key heads of at most {MAX_KEY_WIDTH}, these have {key_width}"
     return None
@@ -63,8 +63,25 @@ def refuse_miscompiled_backward() -> None:
         )
 
 
-def chunk(q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype=torch.bfloat16, scale=None, valid=None):
-    """As ``recurrence.chunk`` without packing, and with ``dtype``: what q, k and v are rounded to."""
+def chunk(
+    q,
+    k,
+    v,
+    log_decay=None,
+    beta=None,
+    initial_state=None,
+    *,
+    dtype=torch.bfloat16,
+    scale=None,
+    valid=None,
+    boundaries=None,
+):
+    """As ``recurrence.chunk``, and:
+
+    Args:
+        dtype: what q, k and v are rounded to.
+        boundaries: [documents + 1] instead of ``reset``: where packed documents begin in the flattened batch.
+    """
     if valid is not None:
         v, k, log_decay = _drop_invalid(valid, v, k, log_decay)
     per_token = log_decay is not None and log_decay.dim() == 3 and k is not None and not _is_fixed(log_decay)
@@ -72,38 +89,50 @@ def chunk(q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype=torch
         # RetNet with padding: the fixed decay has an unaffected kernel, which cannot skip tokens.
         return torch_chunk(q, k, v, log_decay, beta, initial_state, scale=scale)
     with torch.autocast("cuda", enabled=False):
-        return _call(q, k, v, log_decay, beta, initial_state, dtype, _scale(k, scale))
+        if boundaries is None:
+            return _call(q, k, v, log_decay, beta, initial_state, dtype, _scale(k, scale))
+        # The kernels know where documents begin in one long row.
+        B, T = v.shape[:2]
+        fixed = log_decay is not None and log_decay.dim() == 3 and k is not None and _is_fixed(log_decay)
+        if fixed:
+            log_decay = log_decay[:1, :1].expand(1, B * T, -1)
+        row = [None if x is None else x if fixed and x is log_decay else x.reshape(1, B * T, *x.shape[2:])
+               for x in (q, k, v, log_decay, beta)]  # fmt: skip
+        o, state = _call(*row, None, dtype, _scale(k, scale), boundaries)
+        # The state after a row is its last document's.
+        last = torch.searchsorted(boundaries, torch.arange(1, B + 1, device=v.device) * T) - 1
+        return None if o is None else o.unflatten(1, (B, T))[0], None if state is None else state[last]
 
 
-def _call(q, k, v, log_decay, beta, state, dtype, scale):
+def _call(q, k, v, log_decay, beta, state, dtype, scale, boundaries=None):
     state = None if state is None else state.float()
     if k is None:
-        return _vector(v.to(dtype), log_decay.float(), state)
+        return _vector(v.to(dtype), log_decay.float(), state, boundaries)
     wanted = q is not None
     q, k, v = (k if q is None else q).to(dtype), k.to(dtype), v.to(dtype)
-    shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=True)
+    shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=boundaries)
     if beta is None and log_decay is not None and log_decay.dim() == 4:
-        kernel = _kernel("chunk_gla")
+        kernel = _kernel("chunk_gla", k.shape[-1])
         shared["g"] = log_decay.float()
     elif beta is None:
-        kernel = _kernel("chunk_simple_gla")
+        kernel = _kernel("chunk_simple_gla", k.shape[-1])
         if log_decay is not None and _is_fixed(log_decay):
             shared["g_gamma"] = log_decay[0, 0].float()
         else:
             shared["g"] = None if log_decay is None else log_decay.float().contiguous()
     elif log_decay is None:
-        kernel = _kernel("chunk_delta_rule")
+        kernel = _kernel("chunk_delta_rule", k.shape[-1])
         shared["beta"] = beta.to(dtype)
     else:
         if torch.is_grad_enabled():
             refuse_miscompiled_backward()
-        kernel = _kernel("chunk_gated_delta_rule")
+        kernel = _kernel("chunk_gated_delta_rule", k.shape[-1])
         shared |= dict(g=log_decay.float(), beta=beta.float())
     o, state = kernel(**shared)
-    return (o.float() if wanted else None), state
+    return (o if wanted else None), state
 
 
-def _kernel(name: str):
+def _kernel(name: str, key_width: int = 0):
     """One of fla-core's functions; inside try, or fla-core would be a requirement of every checkpoint that ships this."""
     try:
         from fla.ops.delta_rule import chunk_delta_rule
@@ -115,7 +144,7 @@ def _kernel(name: str):
         raise RuntimeError(
             f"fla-core does not import ({error}): reinstall it, or set HYBRID_LINEAR_BACKEND=torch."
         ) from error
-    _limit_search()
+    _limit_search(key_width)
     return {
         "chunk_delta_rule": chunk_delta_rule,
         "chunk_gated_delta_rule": chunk_gated_delta_rule,
@@ -126,35 +155,78 @@ def _kernel(name: str):
     }[name]
 
 
-def _limit_search() -> None:
-    """Leave every autotuned kernel of fla one configuration, 4 warps and 2 stages or the nearest to it.
+# What fla's search found on an H100 for the 340M models (benchmarks/results/fla_configurations.json): keyword arguments,
+# warps, stages. Where heads with more than 128 key channels want something else, it stands in WIDE.
+TUNED = {
+    "chunk_bwd_kernel_dh": (dict(BK=32, BV=64), 4, 2),
+    "chunk_bwd_kernel_dqkwg": ({}, 4, 2),
+    "chunk_bwd_kernel_dv": ({}, 4, 4),
+    "chunk_bwd_kernel_dv_local": ({}, 4, 2),
+    "chunk_fwd_kernel_h": (dict(BK=64, BV=64), 8, 2),
+    "chunk_fwd_kernel_o": (dict(BK=64, BV=64), 4, 3),
+    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": (dict(BV=64), 4, 3),
+    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": (dict(BV=64), 4, 3),
+    "chunk_gated_delta_rule_fwd_kkt_solve_kernel": (dict(BK=64), 1, 3),
+    "chunk_hgrn_bwd_kernel_h": (dict(BD=128), 1, 3),
+    "chunk_hgrn_fwd_kernel_h": (dict(BD=128), 1, 3),
+    "chunk_local_cumsum_scalar_kernel": ({}, 2, 3),
+    "chunk_scaled_dot_kkt_fwd_kernel": (dict(BK=128), 8, 4),
+    "merge_16x16_to_64x64_inverse_kernel": (dict(DOT_PRECISION="ieee"), 2, 5),
+    "prepare_wy_repr_bwd_kernel": ({}, 2, 2),
+    "recompute_w_u_fwd_kernel": ({}, 4, 3),
+}
+WIDE = {
+    "chunk_bwd_kernel_dv_local": ({}, 4, 3),
+    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": (dict(BV=32), 4, 2),
+    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": (dict(BV=32), 4, 3),
+    "prepare_wy_repr_bwd_kernel": ({}, 4, 4),
+    "recompute_w_u_fwd_kernel": ({}, 4, 4),
+}
 
-    Trying all of them takes four minutes before the first training step and gains 5 to 10 % afterwards;
-    HYBRID_LINEAR_SEARCH=1 keeps the search, for long runs.
+
+def _limit_search(key_width: int) -> None:
+    """Leave every autotuned kernel of fla one configuration: the tuned one, else 4 warps and 2 stages or the nearest to it.
+
+    Trying all of them takes four minutes before the first training step; HYBRID_LINEAR_SEARCH=1 keeps the search, for
+    long runs on other cards.
     """
-    if os.environ.get("HYBRID_LINEAR_SEARCH") == "1":
+    seen = (key_width > 128, len(sys.modules))
+    if os.environ.get("HYBRID_LINEAR_SEARCH") == "1" or seen in _limited:
         return
+    _limited.clear()
+    _limited.add(seen)
+    wanted = TUNED | WIDE if key_width > 128 else TUNED
     for name, module in list(sys.modules.items()):
-        if not name.startswith("fla.") or name in _limited:
-            continue
-        _limited.add(name)
-        for kernel in list(vars(module).values()):
+        for kernel in list(vars(module).values()) if name.startswith("fla.") else ():
             while kernel is not None and not isinstance(kernel, type):  # Heuristics and Autotuner wrap each other
-                if isinstance(kernel, triton.runtime.Autotuner) and len(kernel.configs) > 1:
-                    kernel.configs = [min(kernel.configs, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))]
+                if isinstance(kernel, triton.runtime.Autotuner):
+                    configs = _all_configs.setdefault(id(kernel), kernel.configs)
+                    kernel.configs = [_nearest(configs, wanted.get(kernel.base_fn.__name__))]
                 kernel = getattr(kernel, "fn", None)
 
 
-_limited: set[str] = set()
+def _nearest(configs, wanted):
+    if wanted is not None:
+        for config in configs:
+            if (config.kwargs, config.num_warps, config.num_stages) == wanted:
+                return config
+    return min(configs, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))
 
 
-def _vector(v, log_decay, state):
-    if state is None:
+_limited: set[tuple[bool, int]] = set()
+_all_configs: dict[int, list] = {}
+
+
+def _vector(v, log_decay, state, boundaries):
+    if state is None and boundaries is None:
         o, _ = _kernel("chunk_hgrn")(x=v, g=log_decay)
-        o = o.float()
-        return o, o[:, -1]  # the states are the output; chunk_hgrn drops the gradient of the one it returns apart
-    o, state = _kernel("fused_recurrent_hgrn")(x=v, g=log_decay, initial_state=state, output_final_state=True)
-    return o.float(), state.float()
+        return o, o[
+            :, -1
+        ].float()  # the states are the output; chunk_hgrn drops the gradient of the one it returns apart
+    o, state = _kernel("fused_recurrent_hgrn")(
+        x=v, g=log_decay, initial_state=state, output_final_state=True, cu_seqlens=boundaries
+    )
+    return o, state.float()
 
 
 __all__ = ["chunk", "refuse_miscompiled_backward", "why_not"]

@@ -5,8 +5,8 @@ even where Triton and fla-core are installed.
 
     back end   serves
     torch      everything, everywhere
-    fla        sequences in 16 bits on CUDA (training and prefill)
-    triton     whole decode steps on CUDA (see decode_step), not the law by itself
+    fla        the law on sequences in 16 bits on CUDA (training and prefill)
+    triton     whole decode steps on CUDA (see decode_step); beside the law, what a layer computes on sequences (fused)
 
 ``HYBRID_LINEAR_BACKEND`` forces one of them where there is a choice; one that is asked for and cannot serve raises.
 
@@ -27,6 +27,8 @@ import torch
 
 from .fla_kernels import chunk as fla_chunk
 from .fla_kernels import why_not as why_not_fla
+from .fused import OPERATIONS as fused_operations
+from .pointwise import OPERATIONS as torch_operations
 from .recurrence import chunk, step
 from .triton_kernels import triton
 
@@ -99,6 +101,18 @@ def select(
     return Choice("torch", True, f"fla does not serve: {reason}")
 
 
+def operations(x: torch.Tensor):
+    """The module that serves a layer's work beside matrix products and the law on x [B, T, d]: fused, or pointwise.
+
+    Raises:
+        ValueError: HYBRID_LINEAR_BACKEND names no back end.
+    """
+    if x.device.type != "cuda" or triton is None or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return torch_operations
+    short = x.shape[1] < SHORT_PREFILL and not torch.is_grad_enabled()
+    return torch_operations if short or forced_backend() == "torch" else fused_operations
+
+
 _law: ContextVar[Callable | None] = ContextVar("hybrid_linear_law", default=None)
 
 
@@ -113,21 +127,34 @@ def use_law(law: Callable):
 
 
 def recurrence(
-    q, k, v, log_decay=None, beta=None, initial_state=None, *, dtype: torch.dtype | None = None, reset=None, **options
+    q,
+    k,
+    v,
+    log_decay=None,
+    beta=None,
+    initial_state=None,
+    *,
+    dtype: torch.dtype | None = None,
+    reset=None,
+    boundaries=None,
+    **options,
 ):
     """The law on the back end that serves; arguments and results as in ``recurrence.reference``.
 
     Args:
         dtype: the model's; q, k and v may be wider, having passed through float32 gates. Default: v's.
+        boundaries: ``reset`` as places in the flattened batch (``TokenLayout.boundaries``), without which packed
+            documents stay in torch.
     """
     if not torch.compiler.is_compiling() and (law := _law.get()) is not None:
         return law(q, k, v, log_decay, beta, initial_state, reset=reset, **options)
     dtype, key_width = dtype or v.dtype, 0 if k is None else k.shape[-1]
-    choice = select(v.device, dtype, v.shape[1], beta is not None, key_width, reset is not None)
+    packed = reset is not None and (boundaries is None or initial_state is not None)
+    choice = select(v.device, dtype, v.shape[1], beta is not None, key_width, packed)
     if choice.name == "fla":
-        return fla_chunk(q, k, v, log_decay, beta, initial_state, dtype=dtype, **options)
+        return fla_chunk(q, k, v, log_decay, beta, initial_state, dtype=dtype, boundaries=boundaries, **options)
     form = step if v.shape[1] == 1 else chunk
     return form(q, k, v, log_decay, beta, initial_state, reset=reset, **options)
 
 
-__all__ = ["Choice", "describe", "forced_backend", "recurrence", "select", "use_law"]
+__all__ = ["Choice", "describe", "forced_backend", "operations", "recurrence", "select", "use_law"]

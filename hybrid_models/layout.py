@@ -24,6 +24,8 @@ class TokenLayout(NamedTuple):
     order: torch.Tensor | None = None  # [B, T] the column that goes to place j; None: already compact
     places: torch.Tensor | None = None  # [B, T] the inverse of order
     reset: torch.Tensor | None = None  # [B, T] bool, first token of a packed document
+    since: torch.Tensor | None = None  # [B, T] int32, tokens of the same document before a token
+    boundaries: torch.Tensor | None = None  # [documents + 1], where documents begin in the flattened batch; on CUDA
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> TokenLayout:
@@ -36,6 +38,18 @@ class TokenLayout(NamedTuple):
             return cls(valid, lengths, counts)
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         return cls(valid, lengths, counts, order, order.argsort(dim=1))
+
+    def packed(self, reset: torch.Tensor | None) -> TokenLayout:
+        """The same with documents that begin where ``reset`` [B, T] is True."""
+        if reset is None:
+            return self
+        columns = torch.arange(reset.shape[1], device=reset.device)
+        since = columns - torch.where(reset, columns, 0).cummax(1).values
+        boundaries = None
+        if reset.is_cuda and not is_tracing(reset):
+            starts = reset.index_fill(1, columns[:1], True).flatten().nonzero().flatten()
+            boundaries = torch.cat((starts, starts.new_tensor([reset.numel()])))
+        return self._replace(reset=reset, since=since.int(), boundaries=boundaries)
 
     def compact(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, C] with the valid tokens of every row in front."""

@@ -16,18 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import rotate_half
 
 from .cache import Segment, conv_window
-from .kernels import recurrence
+from .kernels import operations, recurrence
 from .layout import TokenLayout
-
-ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
-
-
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """float32 for 16-bit tensors; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from .pointwise import full_precision
 
 
 class KeepsFloat32(nn.Module):
@@ -104,8 +97,11 @@ class ShortConvolution(nn.Conv1d):
 class LinearAttention(KeepsFloat32):
     """What all mixers do alike. ``layer_idx`` is the absolute index, attention layers counted."""
 
-    # Projections that the short convolution sees, in the order of its channels. The last one is written (v).
+    # Projections of the input, in groups that one operation consumes together (see ``pointwise.project``). The short
+    # convolution, where there is one, sees the projections named in ``mixed``, in the order of its channels.
+    groups: tuple[tuple[str, ...], ...]
     mixed = ("q_proj", "k_proj", "v_proj")
+    activates_mixed = False  # whether silu stays where the configuration leaves the convolution out
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -132,9 +128,19 @@ class LinearAttention(KeepsFloat32):
         """Make the mixer's own projections, and ``o_norm``."""
         raise NotImplementedError
 
-    def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
-        """q, k, v, log_decay, beta for the law (see ``recurrence.reference``) from x [B, T, d] and the ``mixed`` ones."""
+    def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
+        """q, k, v, log_decay, beta for the law (see ``recurrence.reference``).
+
+        Args:
+            ops: ``pointwise`` or ``fused``.
+            parts: what ``ops.project`` made of ``groups``; the group of ``mixed`` has passed the convolution, by head.
+        """
         raise NotImplementedError
+
+    def conv_heads(self) -> list[tuple[int, int, str]]:
+        """(heads, width, what follows the convolution) of each projection in ``mixed``."""
+        widths = (self.key_width, self.key_width, self.value_width)
+        return [(count, width, "silu") for count, width in zip(self.dims[:3], widths)]
 
     def heads(self, x: torch.Tensor, count: int) -> torch.Tensor:
         """[B, T, count * width] -> [B, T, count, width]."""
@@ -158,21 +164,28 @@ class LinearAttention(KeepsFloat32):
         """
         layout = layout or TokenLayout()
         x = layout.compact(hidden_states)
-        if position_embeddings is not None:
+        if position_embeddings is not None and layout.order is not None:
             position_embeddings = tuple(layout.compact(p.expand(x.shape[0], -1, -1)) for p in position_embeddings)
         tokens = x.shape[1]
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         window, state = (None, None) if cache is None else cache.read(x.shape[0], self.layer_idx)
+        ops = operations(x)
 
-        mixed = [getattr(self, name)(x) for name in self.mixed]
+        names = self.groups if self.g_proj is None else (*self.groups, ("g_proj",))
+        parts = ops.project(x, *(tuple(map(self.get_submodule, group)) for group in names))
+        gate = None if self.g_proj is None else parts.pop()
         conv_inputs = None
-        if self.conv1d is not None:
-            widths = [part.shape[-1] for part in mixed]
-            convolved, conv_inputs = self.conv1d(torch.cat(mixed, -1), window, layout.reset)
-            mixed = convolved.split(widths, -1)
-        q, k, v, log_decay, beta = self.law_inputs(x, mixed, position_embeddings, lower_bounds)
+        if self.conv1d is not None or self.activates_mixed:
+            parts[0], conv_inputs = ops.short_convolution(
+                *(parts[0], self.conv1d, self.conv_heads(), window, layout), keep_inputs=cache is not None
+            )
+        q, k, v, log_decay, beta = self.law_inputs(ops, parts, position_embeddings, lower_bounds)
         o, new_state = recurrence(
-            q, k, v, log_decay, beta, state, dtype=x.dtype, valid=layout.valid, reset=layout.reset
+            *(q, k, v, log_decay, beta, state),
+            dtype=ops.compute_dtype(x),
+            valid=layout.valid,
+            reset=layout.reset,
+            boundaries=layout.boundaries,
         )
 
         if cache is not None:
@@ -181,47 +194,48 @@ class LinearAttention(KeepsFloat32):
                 segment = Segment(tokens, state, k, v, log_decay, beta, conv_inputs, layout.counts)
             window = None if conv_inputs is None else conv_window(conv_inputs, layout.lengths, tokens)
             cache.write(window, new_state, segment, tokens)
-        return layout.restore(self.output(o, x))
+        return layout.restore(self.o_proj(self.output(ops, o, ops.compute_dtype(x), gate)))
 
-    def output(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Norm per head, gate, projection. o is [B, T, H, V] in float32."""
-        o = self.o_norm(o).flatten(2)
-        if self.g_proj is not None:
-            o = o * ACTIVATIONS[self.gate_activation](full_precision(self.g_proj(x)))
-        return self.o_proj(o.to(x.dtype))
+    def output(self, ops, o: torch.Tensor, dtype: torch.dtype, gate: torch.Tensor | None) -> torch.Tensor:
+        """[B, T, H * V] for the last projection, from what the law read, [B, T, H, V]: norm per head, gate."""
+        return ops.output_norm(self.o_norm, o, dtype, gate, self.gate_activation)
 
 
 class Hgrn(LinearAttention):
     """HGRN (arXiv 2311.04823): f = sigmoid(W_f x) above a lower bound, h <- f h + (1 - f) silu(W_i x); no heads."""
 
     mixed = ("i_proj", "f_proj")
+    groups = (mixed,)
 
     def build(self, config):
         self.i_proj = self.project(self.value_width)
         self.f_proj = self.project(self.value_width)
         self.o_norm = HybridLinearRMSNorm(self.value_width, self.eps)
 
-    def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
-        i, f = map(full_precision, mixed)
-        log_f = bounded_log_sigmoid(f, lower_bounds, self.layer_idx)
-        return None, None, F.silu(i) * -torch.expm1(log_f), log_f, None
+    def conv_heads(self):
+        return [(1, self.value_width, "nothing")] * 2
 
-    def output(self, o, x):
-        return super().output(o[:, :, None], x)
+    def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
+        log_f, v = ops.forget_gate(parts[0], gate_bounds(lower_bounds, self.layer_idx), form="input")
+        return None, None, v, log_f, None
+
+    def output(self, ops, o, dtype, gate):
+        return super().output(ops, o[:, :, None], dtype, gate)
 
 
 class RetNet(LinearAttention):
     """RetNet's multi-scale retention (arXiv 2307.08621): one fixed decay per head, rotary queries and keys."""
 
+    groups = (("q_proj", "k_proj"), ("v_proj",))
+
     def build(self, config):
         build_grouped_qkv(self)
         self.o_norm = HybridLinearRMSNorm(self.value_width, self.eps)
 
-    def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
-        q, k, v = grouped_qkv(self, mixed)
-        cos, sin = (p[:, :, None] for p in position_embeddings)
-        q, k = (full_precision(z) * cos + rotate_half(full_precision(z)) * sin for z in (q, k))
-        heads = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)
+    def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
+        q, k = ops.rotate(parts[0], *position_embeddings, self.dims[:2])
+        q, k, v = same_heads(q, k, self.heads(parts[1], self.dims.num_value_heads))
+        heads = torch.arange(q.shape[2], device=q.device, dtype=full_precision(q).dtype)
         log_gamma = torch.log1p(-torch.exp2(-5.0 - heads))
         return q, k, v, log_gamma.expand(*q.shape[:2], -1), None
 
@@ -240,12 +254,17 @@ class Gla(LinearAttention):
         )
         self.o_norm = HybridLinearRMSNorm(self.value_width, self.eps)
 
-    def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
-        if self.conv1d is not None:
-            mixed = [F.silu(part) for part in mixed]
-        q, k, v = grouped_qkv(self, mixed)
-        gate = self.heads(F.logsigmoid(full_precision(self.gk_proj(x))) / self.GATE_NORMALIZER, self.dims.num_key_heads)
-        return q, k, v, repeat_heads(gate, q.shape[2]), None
+    @property
+    def groups(self):
+        mixed = [self.mixed] if self.conv1d is not None else [(name,) for name in self.mixed]
+        return (*mixed, ("gk_proj.0",))
+
+    def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
+        *mixed, rank = parts
+        q, k, v = mixed[0] if self.conv1d is not None else map(self.heads, mixed, self.dims[:3])
+        (gate,) = ops.forget_gate(self.gk_proj[1](rank), scale=1 / self.GATE_NORMALIZER)
+        q, k, v = same_heads(q, k, v)
+        return q, k, v, repeat_heads(self.heads(gate, self.dims.num_key_heads), q.shape[2]), None
 
 
 class Hgrn2(LinearAttention):
@@ -260,18 +279,28 @@ class Hgrn2(LinearAttention):
         self.i_proj = self.project(self.dims.num_heads * self.value_width)
         self.o_norm = HybridLinearRMSNorm(self.dims.num_heads * self.value_width, self.NORM_EPS)
 
-    def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
-        q, f, v = mixed
-        log_f = bounded_log_sigmoid(full_precision(f), lower_bounds, self.layer_idx)
-        parts = (F.silu(full_precision(q)), -torch.expm1(log_f), v, log_f)
-        return *(self.heads(part, self.dims.num_heads) for part in parts), None
+    @property
+    def groups(self):
+        return (self.mixed[:2], self.mixed[2:]) if self.conv1d is None else (self.mixed,)
 
-    def output(self, o, x):
-        return self.o_proj(self.o_norm(o.flatten(2)).to(x.dtype))  # one norm over all heads, no gate
+    def conv_heads(self):
+        widths = (self.key_width, self.key_width, self.value_width)
+        return [(1, self.dims.num_heads * width, "nothing") for width in widths]
+
+    def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
+        qf, v = parts if self.conv1d is None else (parts[0][:2], parts[0][2].flatten(2))
+        log_f, q, k = ops.forget_gate(qf, gate_bounds(lower_bounds, self.layer_idx), form="key")
+        return *(self.heads(part, self.dims.num_heads) for part in (q, k, v, log_f)), None
+
+    def output(self, ops, o, dtype, gate):
+        return super().output(ops, o.flatten(2)[:, :, None], dtype, gate)  # one norm over all heads, no gate
 
 
 class DeltaNet(LinearAttention):
     """DeltaNet (arXiv 2406.06484): keys of length one, each write corrects what its key reads by a share beta."""
+
+    groups = (LinearAttention.mixed, ("b_proj",))
+    activates_mixed = True
 
     def build(self, config):
         dims = self.dims
@@ -282,17 +311,19 @@ class DeltaNet(LinearAttention):
         self.b_proj = self.project(dims.num_value_heads)
         self.o_norm = HybridLinearRMSNorm(self.value_width, self.eps)
 
-    def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
-        q, k, v = (
-            self.heads(F.silu(full_precision(part)), count) for part, count in zip(mixed, self.dims[:3], strict=True)
-        )
-        q, k = (repeat_heads(z * torch.rsqrt(z.square().sum(-1, keepdim=True) + 1e-6), v.shape[2]) for z in (q, k))
-        beta = torch.sigmoid(full_precision(self.b_proj(x))) * self.max_beta
-        return q, k, v, None, beta
+    def conv_heads(self):
+        (q, k, v) = super().conv_heads()
+        return [(*q[:2], "unit"), (*k[:2], "unit"), v]
+
+    def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
+        beta = torch.sigmoid(full_precision(parts[1])) * self.max_beta
+        return *same_heads(*parts[0]), None, beta
 
 
 class GatedDeltaNet(DeltaNet):
     """GatedDeltaNet (arXiv 2412.06464): DeltaNet with a decay per head before each write."""
+
+    groups = (LinearAttention.mixed, ("b_proj", "a_proj"))
 
     def build(self, config):
         super().build(config)
@@ -300,9 +331,10 @@ class GatedDeltaNet(DeltaNet):
         self.A_log = nn.Parameter(full_precision(torch.empty(self.dims.num_value_heads)))
         self.dt_bias = nn.Parameter(full_precision(torch.empty(self.dims.num_value_heads)))
 
-    def law_inputs(self, x, mixed, position_embeddings, lower_bounds):
-        q, k, v, _, beta = super().law_inputs(x, mixed, position_embeddings, lower_bounds)
-        a = full_precision(self.a_proj(x))
+    def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
+        b, a = ops.members(parts[1], [self.dims.num_value_heads] * 2)
+        q, k, v, _, beta = super().law_inputs(ops, (parts[0], b), position_embeddings, lower_bounds)
+        a = full_precision(a)
         rate, dt_bias = self.A_log.to(a.dtype).exp(), self.dt_bias.to(a.dtype)
         return q, k, v, -rate * F.softplus(a + dt_bias), beta
 
@@ -331,10 +363,10 @@ def build_grouped_qkv(mixer: LinearAttention) -> None:
     mixer.v_proj = mixer.project(dims.num_value_heads * dims.value_head_dim)
 
 
-def grouped_qkv(mixer: LinearAttention, mixed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v with one head count: key and value heads are repeated for the query heads that share them."""
-    q, k, v = (mixer.heads(part, count) for part, count in zip(mixed, mixer.dims[:3], strict=True))
-    return q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
+def same_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v [B, T, heads, width] with one head count: heads that several of another kind share are repeated for them."""
+    count = max(x.shape[2] for x in (q, k, v))
+    return repeat_heads(q, count), repeat_heads(k, count), repeat_heads(v, count)
 
 
 def repeat_heads(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -342,23 +374,17 @@ def repeat_heads(x: torch.Tensor, count: int) -> torch.Tensor:
     return x if x.shape[2] == count else x.repeat_interleave(count // x.shape[2], dim=2)
 
 
-def bounded_log_sigmoid(f: torch.Tensor, lower_bounds: torch.Tensor | None, layer_idx: int) -> torch.Tensor:
-    """log(lb + (1 - lb) sigmoid(f)) in the log domain; layer 0, or no bounds: lb = 0.
+def gate_bounds(lower_bounds: torch.Tensor | None, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The forget gate's lower bound of a layer, and one minus it (without the cancellation), each [H * K].
 
-    lb is the sum of rows 1 to layer_idx of softmax(lower_bounds, 0), over the rows of all layers (arXiv 2311.04823, 3.3).
-    Each layer works it out from the parameter itself, so that checkpointing can recompute a layer on its own.
+    The bound is the sum of rows 1 to layer_idx of softmax(lower_bounds, 0), over the rows of all layers
+    (arXiv 2311.04823, 3.3); None, for no bound, at layer 0 or without the parameter. Each layer works it out from the
+    parameter itself, so that checkpointing can recompute a layer on its own.
     """
-    log_f = F.logsigmoid(f)
     if lower_bounds is None or layer_idx == 0:
-        return log_f
-    bound, rest = gate_bounds(lower_bounds.to(f.dtype), layer_idx)
-    return torch.logaddexp(bound.log(), rest.log() + log_f)
-
-
-def gate_bounds(lower_bounds: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The forget gate's lower bound of a layer, and one minus it (without the cancellation), each [H * K]."""
+        return None
     share = full_precision(lower_bounds).softmax(0)
     return share[1 : layer_idx + 1].sum(0), share[0] + share[layer_idx + 1 :].sum(0)
 
 
-__all__ = ["MIXER_CLASSES", "HybridLinearRMSNorm", "KeepsFloat32", "LinearAttention", "full_precision"]
+__all__ = ["MIXER_CLASSES", "HybridLinearRMSNorm", "KeepsFloat32", "LinearAttention"]

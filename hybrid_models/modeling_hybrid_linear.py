@@ -38,6 +38,8 @@ from .cache import adopt, refuse_other_sizes, sizes_per_sequence
 from .configuration_hybrid_linear import HybridLinearConfig
 from .decode_step import active_session
 from .decoding import HybridGenerationMixin
+from .fused import is_plain
+from .kernels import operations
 from .layout import (
     TokenLayout,
     create_masks,
@@ -48,7 +50,9 @@ from .layout import (
     repeat_last_valid,
 )
 from .loading import StrictLoading
-from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32, full_precision
+from .loss import check_targets, linear_cross_entropy, shift
+from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32
+from .pointwise import full_precision
 
 RETNET_ROPE_THETA = 10000.0
 
@@ -80,13 +84,14 @@ class HybridLinearDecoderLayer(GradientCheckpointingLayer):
         lower_bounds: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        normed = self.input_layernorm(hidden_states)
+        ops = operations(hidden_states)
+        hidden_states, normed = ops.rms_norm(self.input_layernorm, hidden_states)
         if hasattr(self, "linear_attn"):
             mixed = self.linear_attn(normed, past_key_values, layout, position_embeddings, lower_bounds)
         else:
             mixed, _ = self.self_attn(normed, attention_mask, position_embeddings, past_key_values, **kwargs)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states, normed = ops.rms_norm(self.post_attention_layernorm, hidden_states, mixed)
+        return hidden_states + ops.mlp(self.mlp, normed)
 
 
 class _MlpConfig:
@@ -114,6 +119,8 @@ class HybridLinearPreTrainedModel(StrictLoading, PreTrainedModel):
     _can_compile_fullgraph = True
     # The recurrent state can be rolled back exactly (cache.RecurrentLayer.crop), so assisted decoding is allowed.
     _is_stateful = False
+    # Decay rates and bounds: pulled towards zero they would set the memory's length, not the weights' size.
+    no_weight_decay = ("A_log", "dt_bias", "lower_bounds")
     _can_record_outputs = {"hidden_states": HybridLinearDecoderLayer, "attentions": HybridLinearAttention}
 
     def __init__(self, config, *args, **kwargs):
@@ -236,8 +243,7 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
             adopt(past_key_values, self.config)
 
-        layout = TokenLayout() if padding is None else TokenLayout.from_mask(padding)
-        layout = layout._replace(reset=reset)
+        layout = (TokenLayout() if padding is None else TokenLayout.from_mask(padding)).packed(reset)
         rotary = [rotary_emb(inputs_embeds, position_ids) for rotary_emb in self.rotary_embs]
         hidden_states = inputs_embeds
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
@@ -253,7 +259,8 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states)
+        ops = operations(hidden_states)
+        _, hidden_states = ops.rms_norm(self.norm, hidden_states)
         if padding is not None:
             hidden_states = repeat_last_valid(hidden_states, padding)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
@@ -330,6 +337,7 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As ``HybridLinearModel.forward``, and:
@@ -337,6 +345,7 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         Args:
             labels: [B, T], shifted inside; -100 is ignored.
             logits_to_keep: the last so many columns (0: all), or a 1-D tensor of columns.
+            skip_logits: with labels, return the loss alone, which takes a small part of the logits' memory (``loss``).
 
         Returns:
             logits [B, T, vocab], loss, past_key_values.
@@ -345,6 +354,7 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         if session is not None and session.serves(self, input_ids, past_key_values):
             logits = session(input_ids, position_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        targets = self._targets(labels, **kwargs) if skip_logits else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -354,9 +364,13 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if skip_logits:
+            hidden_states, count = outputs.last_hidden_state.flatten(0, 1), kwargs.get("num_items_in_batch")
+            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, targets, count)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if labels is not None and not skip_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -365,6 +379,19 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _targets(self, labels, shift_labels=None, **kwargs) -> torch.Tensor:
+        """[B * T], checked before any work is done, when waiting for the device costs least."""
+        if labels is None and shift_labels is None:
+            raise ValueError("skip_logits=True leaves the loss alone, and without labels there is none: pass labels.")
+        if not is_plain(self.lm_head):
+            raise ValueError(
+                "skip_logits=True multiplies by lm_head.weight itself, but this lm_head is more than that (an adapter, a "
+                "hook, a quantised layer): leave skip_logits out."
+            )
+        targets = (shift(labels) if shift_labels is None else shift_labels).flatten()
+        check_targets(targets, self.lm_head.weight.shape[0])
+        return targets
 
 
 # The library's task heads make their decoder through AutoModel, which would ask, in the middle of it, whether to run the

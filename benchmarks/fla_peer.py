@@ -1,0 +1,73 @@
+"""fla's own models as peers: built for a cell of the suite, with the kernel configurations that fla's search finds.
+
+The search takes fla four minutes a model before its first step, so it is done once, by ``benchmarks.tune_fla``, and its
+finds are put in place of it: the peer then runs at the speed that a user of fla gets after the wait.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hybrid_models.fla_config import config_to_fla
+from hybrid_models.suite import cell_config
+
+TABLE = Path(__file__).parent / "results" / "fla_configurations.json"
+
+
+def build(cell: str, dtype: torch.dtype = torch.bfloat16):
+    """fla's model of a pure cell on CUDA, in training mode, with its defaults (fused norms, SwiGLU and cross-entropy)."""
+    import fla.models  # noqa: F401  (registers fla's configurations)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = config_to_fla(cell_config(cell))
+    kind = fields.pop("model_type")
+    config = AutoConfig.for_model(kind, **(fields | {"attn_mode": "chunk", "use_cache": False}))
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.to(dtype).train()
+
+
+def autotuners() -> Iterator:
+    """Every autotuned kernel of fla that is imported, each once."""
+    from triton.runtime import Autotuner
+
+    seen = set()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            for kernel in list(vars(module).values()):
+                while kernel is not None and not isinstance(kernel, type):  # Heuristics and Autotuner wrap each other
+                    if isinstance(kernel, Autotuner) and id(kernel) not in seen:
+                        seen.add(id(kernel))
+                        yield kernel
+                    kernel = getattr(kernel, "fn", None)
+
+
+def found() -> dict[str, list[dict]]:
+    """What the search of this process has found: {kernel: [{"key", "kwargs", "num_warps", "num_stages"}]}."""
+    table = {}
+    for kernel in autotuners():
+        for key, config in kernel.cache.items():
+            row = {"key": list(map(str, key)), "kwargs": dict(config.kwargs)}
+            row |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            table.setdefault(kernel.base_fn.__name__, []).append(row)
+    return table
+
+
+def replay(mixer: str) -> None:
+    """Give every kernel only the configuration that the search found for this mixer's 340M model, if it is in TABLE."""
+    table = json.loads(TABLE.read_text())["mixers"][mixer] if TABLE.exists() else {}
+    for kernel in autotuners():
+        for row in table.get(kernel.base_fn.__name__, [])[-1:]:
+            same = [
+                config
+                for config in kernel.configs
+                if (config.kwargs, config.num_warps, config.num_stages)
+                == (row["kwargs"], row["num_warps"], row["num_stages"])
+            ]
+            kernel.configs = same or kernel.configs

@@ -1,0 +1,128 @@
+"""Draw the results: what a context costs at each level of attention, and how fast each mixer trains.
+
+    python -m benchmarks.plots                  # results/context.json and results/train_step.json to docs/*.svg
+
+The pictures hold nothing that the JSON files do not; README shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.common import RESULTS
+
+DOCS = Path(__file__).parent.parent / "docs"
+# From no attention to nothing else, light to dark; the Transformer stands apart.
+COLOURS = {
+    "pure": "#c6dbef",
+    "24-1": "#9ecae1",
+    "12-1": "#6baed6",
+    "6-1": "#3182bd",
+    "3-1": "#08519c",
+    "full": "#d95f02",
+}
+LABELS = {"pure": "no attention", "full": "Transformer"}
+STYLE = {
+    "svg.hashsalt": "hybrid_models",  # the same numbers give the same file
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "legend.frameon": False,
+}
+
+
+def context(result: dict, path: Path) -> None:
+    """Decoding, prefill and cache against the context, one line per level."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    panels = (
+        ("decode_ms", 1.0, "decoding, ms a token"),
+        ("prefill_s", 1.0, "prefill, s"),
+        ("cache_bytes", 2**-30, "cache, GiB"),
+    )
+    for axis, (field, unit, title) in zip(axes, panels):
+        for level, rows in result["levels"].items():
+            tokens = [int(n) for n in rows]
+            axis.plot(
+                tokens,
+                [row[field] * unit for row in rows.values()],
+                "o-",
+                ms=3,
+                lw=1.5,
+                color=COLOURS[level],
+                label=LABELS.get(level, level),
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(tokens, [f"{n // 1024}k" if n >= 1024 else str(n) for n in tokens])
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set_title(title)
+        axis.set_xlabel("tokens in context")
+    axes[0].legend(loc="upper left", fontsize=8)
+    figure.suptitle(
+        f"{result['size'].split('-')[0]} {result['mixer']}, {result['dtype']}, batch 1, {result['device']}", fontsize=9
+    )
+    save(figure, path)
+
+
+def training(result: dict, path: Path) -> None:
+    """Training tokens per second of each mixer, ours and fla's, with the Transformer as a line."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    models = {cell.split("-")[-2]: rows for cell, rows in result["models"].items() if "ours" in rows}
+    for offset, who, colour, label in (
+        (-0.2, "fla", "#bdbdbd", "flash-linear-attention's model"),
+        (0.2, "ours", "#3182bd", "hybrid_models"),
+    ):
+        speeds = [rows.get(who, {}).get("tokens_per_s", 0) / 1e3 for rows in models.values()]
+        bars = axis.bar([i + offset for i in range(len(models))], speeds, 0.38, color=colour, label=label)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+    llama = next(
+        (
+            rows["llama"]["tokens_per_s"] / 1e3
+            for rows in result["models"].values()
+            if "tokens_per_s" in rows.get("llama", {})
+        ),
+        None,
+    )
+    if llama:
+        axis.axhline(llama, color="#d95f02", lw=1, label="transformers' Llama")
+    axis.set_xticks(range(len(models)), list(models))
+    axis.set_ylabel("thousand tokens a second")
+    axis.grid(axis="x", visible=False)
+    axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    axis.set_xlabel(
+        f"340M, forward and backward, {result['batch'][0]} x {result['batch'][1]} tokens, {result['dtype']}, {result['device']}"
+    )
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pictures (default docs)")
+    args = parser.parse_args()
+    with plt.rc_context(STYLE):
+        for name, draw in (("context", context), ("train_step", training)):
+            source = RESULTS / f"{name}.json"
+            if source.exists():
+                draw(json.loads(source.read_text()), args.docs / f"{name}.svg")
+            else:
+                print(f"{source} is not there yet: python -m benchmarks.{name}")
+
+
+if __name__ == "__main__":
+    main()

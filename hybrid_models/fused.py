@@ -1,0 +1,379 @@
+"""What a layer computes beside matrix products and the law, as fused CUDA operations with their gradients.
+
+``pointwise`` has the same functions in plain torch, and ``kernels.pointwise`` chooses between the two modules. Fusing saves
+time and memory: one pass instead of a dozen, an operation's input kept instead of every step in it, the MLP's product
+computed again in the backward, and weights that share an input multiplied as one.
+
+Under autocast everything comes out in autocast's dtype, and gradients of float32 weights are accumulated in float32.
+Arguments and results are those of ``pointwise``; where a group of projections has several members its result is one
+tensor, the members' outputs side by side, which the consumers here take apart without a copy.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .fused_kernels import (
+    conv_backward,
+    conv_backward_inside,
+    conv_forward,
+    forget_backward,
+    forget_forward,
+    norm_backward,
+    norm_forward,
+    rotate_kernel,
+    swiglu_backward,
+    swiglu_forward,
+)
+from .pointwise import compute_dtype
+from .triton_kernels import triton
+
+GATES = {None: 0, "silu": 1, "sigmoid": 2}
+FOLLOWS = {"nothing": 0, "silu": 1, "unit": 2}
+TILE = 4096  # elements that a program of 4 warps holds at a time
+CONV_BLOCKS = 8  # blocks of tokens that a program of the convolution's backward takes in turn
+PROGRAMS = 528  # of kernels that sum over rows: four on each multiprocessor of an H100
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether multiplying by ``linear.weight`` is all that calling the module would do: no adapter, bias or hook."""
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and type(linear.weight.data) is torch.Tensor
+        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
+        and not linear._backward_pre_hooks
+    )
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Rows and padded width of a tile that holds whole rows."""
+    padded = triton.next_power_of_2(width)
+    return max(1, TILE // padded), padded
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _weight(weights, dtype: torch.dtype) -> torch.Tensor:
+    return weights[0].to(dtype) if len(weights) == 1 else torch.cat([w.to(dtype) for w in weights])
+
+
+def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dy^T x in ``dtype``, without rounding to 16 bits in between."""
+    if dtype != dy.dtype and dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return (dy.t() @ x).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- projections
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dtype, counts, *weights):
+        flat = _flat(x).to(dtype)
+        ctx.save_for_backward(flat, *weights)
+        ctx.counts, ctx.like = counts, x
+        rest = list(weights)
+        groups = [[rest.pop(0) for _ in range(count)] for count in counts]
+        return tuple((flat @ _weight(group, dtype).t()).unflatten(0, x.shape[:-1]) for group in groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        dx, dweights = None, []
+        for count, dy in zip(ctx.counts, dys):
+            group, weights = weights[:count], weights[count:]
+            dy = _flat(dy).to(x.dtype)
+            if ctx.needs_input_grad[0]:
+                weight = _weight(group, x.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            if any(w.requires_grad for w in group):
+                gradient = _weight_gradient(dy, x, group[0].dtype)
+                dweights += gradient.split([len(w) for w in group])
+            else:
+                dweights += [None] * count
+        dx = None if dx is None else dx.view(ctx.like.shape).to(ctx.like.dtype)
+        return dx, None, None, *dweights
+
+
+def project(x, *groups):
+    if all(is_plain(linear) for group in groups for linear in group):
+        counts = tuple(map(len, groups))
+        return list(
+            _Project.apply(x, compute_dtype(x), counts, *(linear.weight for group in groups for linear in group))
+        )
+    return [torch.cat([linear(x) for linear in group], -1) if len(group) > 1 else group[0](x) for group in groups]
+
+
+def members(parts, counts):
+    return parts.split(counts, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- norm
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, gate, weight, eps, dtype, act):
+        D = weight.shape[0]
+        flat, gate = x.reshape(-1, D).contiguous(), None if gate is None else gate.contiguous()
+        N = len(flat)
+        total = flat if residual is None else torch.empty_like(flat)
+        y = torch.empty(flat.shape, dtype=dtype, device=x.device)
+        rstd = torch.empty(N, dtype=torch.float32, device=x.device)
+        rows, BD = _tile(D)
+        norm_forward[(triton.cdiv(N, rows),)](
+            flat, None if residual is None else residual.contiguous(), gate, weight, total, y, rstd, N, eps,
+            D=D, RESIDUAL=residual is not None, GATE=GATES[act], ROWS=rows, BD=BD,
+        )  # fmt: skip
+        ctx.save_for_backward(total, gate, weight, rstd)
+        ctx.act, ctx.residual_dtype = act, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return x if residual is None else total.view(x.shape), y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal, dy):
+        x, gate, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            return dtotal, None if ctx.residual_dtype is None else dtotal, None, None, None, None, None
+        shape, (N, D) = dy.shape, x.shape
+        dtotal = None if dtotal is None else dtotal.contiguous()
+        dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
+        rows, BD = _tile(D)
+        programs = min(PROGRAMS, triton.cdiv(N, rows))
+        dweight = torch.empty(programs, D, dtype=torch.float32, device=x.device)
+        norm_backward[(programs,)](
+            x, gate, weight, rstd, dy.contiguous(), dtotal, dx, dgate, dweight, N,
+            D=D, DSUM=dtotal is not None, GATE=GATES[ctx.act], ROWS=rows, BD=BD,
+        )  # fmt: skip
+        dx = dx.view(shape)
+        dresidual = None if ctx.residual_dtype is None else dx.to(ctx.residual_dtype)
+        return dx, dresidual, dgate, dweight.sum(0).to(weight.dtype), None, None, None
+
+
+def rms_norm(norm, x, residual=None):
+    return _Norm.apply(x, residual, None, norm.weight, norm.eps, compute_dtype(x), None)
+
+
+def output_norm(norm, o, dtype, gate=None, act=None):
+    _, y = _Norm.apply(o, None, gate, norm.weight, norm.eps, dtype, None if gate is None else act)
+    return y.flatten(2)
+
+
+# ---------------------------------------------------------------------------------------------------------- convolution
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, taps, since, heads):
+        B, T, C = x.shape
+        x, W = x.contiguous(), taps.shape[-1]
+        ctx.save_for_backward(x, taps, since)
+        ctx.heads = heads
+        outputs, first = [], 0
+        for count, width, follows in heads:
+            y = x.new_empty(B, T, count, width)
+            rows, BD = _tile(width)
+            conv_forward[(count, triton.cdiv(T, rows), B)](
+                x, taps, since, y, T, C, first,
+                D=width, W=W, ACT=FOLLOWS[follows], PACKED=since is not None, BT=rows, BD=BD,
+            )  # fmt: skip
+            outputs.append(y)
+            first += count * width
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, taps, since = ctx.saved_tensors
+        (B, T, C), W, packed = x.shape, taps.shape[-1], since is not None
+        du, dx, dtaps, first = torch.empty_like(x), torch.empty_like(x), [], 0
+        for (count, width, follows), dy in zip(ctx.heads, dys):
+            rows, BD = _tile(width)
+            blocks = triton.cdiv(T, rows * CONV_BLOCKS)
+            part = torch.empty(B * blocks, W, count * width, dtype=torch.float32, device=x.device)
+            conv_backward_inside[(count, blocks, B)](
+                x, taps, since, dy.contiguous(), du, part, T, C, first,
+                D=width, W=W, ACT=FOLLOWS[follows], PACKED=packed,
+                BT=rows, BD=BD, BW=triton.next_power_of_2(W), BLOCKS=CONV_BLOCKS, num_warps=8,
+            )  # fmt: skip
+            dtaps.append(part.sum(0))
+            first += count * width
+        conv_backward[(triton.cdiv(C, 128), triton.cdiv(T, TILE // 128), B)](
+            du, taps, since, dx, T, C, W=W, PACKED=packed, BT=TILE // 128, BC=128
+        )
+        return dx, torch.cat(dtaps, 1).t().reshape(taps.shape).to(taps.dtype), None, None
+
+
+def short_convolution(parts, conv1d, heads, window=None, layout=None, keep_inputs=False):
+    if keep_inputs and conv1d is not None:
+        before = conv1d.kernel_size[0] - 1
+        inputs = torch.cat(
+            (parts.new_zeros(len(parts), before, parts.shape[-1]) if window is None else window, parts), 1
+        )
+        outputs = _Convolution.apply(inputs, conv1d.weight, None, tuple(heads))
+        return [y[:, before:] for y in outputs], inputs
+    since = None if layout is None else layout.since
+    taps = parts.new_ones(parts.shape[-1], 1, 1) if conv1d is None else conv1d.weight
+    return list(_Convolution.apply(parts, taps, since, tuple(heads))), None
+
+
+# ---------------------------------------------------------------------------------------------------------------- gates
+
+
+class _Forget(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts, floor, room, form, scale, dtype):
+        D = parts.shape[-1] // (1 if form == 0 else 2)
+        parts = parts.contiguous()
+        flat = _flat(parts)
+        z, f = (None, flat) if form == 0 else (flat[:, :D], flat[:, D:])
+        shape = (*parts.shape[:-1], D)
+        log_a = torch.empty(shape, dtype=torch.float32, device=parts.device)
+        first, second = (torch.empty(shape, dtype=dtype, device=parts.device) if form >= n else None for n in (1, 2))
+        grid, blocks = _grid(len(flat), D)
+        stride = flat.stride(0)
+        forget_forward[grid](
+            z, f, floor, room, log_a, first, second, len(flat), stride, stride, scale,
+            D=D, FORM=form, BOUNDED=floor is not None, **blocks,
+        )  # fmt: skip
+        ctx.save_for_backward(parts, floor, room)
+        ctx.form, ctx.scale = form, scale
+        return log_a, first, second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlog, dfirst, dsecond):
+        parts, floor, room = ctx.saved_tensors
+        D, dparts = dlog.shape[-1], torch.empty_like(parts)
+        flat, dflat = _flat(parts), _flat(dparts)
+        (z, f), (dz, df) = ((None, p) if ctx.form == 0 else (p[:, :D], p[:, D:]) for p in (flat, dflat))
+        grid, blocks = _grid(len(flat), D)
+        sums = (
+            torch.empty(2, grid[0], D, dtype=torch.float32, device=parts.device) if floor is not None else (None,) * 2
+        )
+        dlog, dfirst, dsecond = (None if d is None else d.contiguous() for d in (dlog, dfirst, dsecond))
+        forget_backward[grid](
+            z, f, floor, room, dlog, dfirst, dsecond, dz, df, *sums, len(flat), flat.stride(0), flat.stride(0), ctx.scale,
+            D=D, FORM=ctx.form, BOUNDED=floor is not None, **blocks,
+        )  # fmt: skip
+        dfloor, droom = (None, None) if floor is None else sums.sum(1)
+        return dparts, dfloor, droom, None, None, None
+
+
+def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Programs and block sizes of an elementwise kernel over [rows, width]."""
+    BD = min(256, triton.next_power_of_2(width))
+    BN = TILE // BD
+    return (triton.cdiv(rows, BN), triton.cdiv(width, BD)), {"BN": BN, "BD": BD}
+
+
+def forget_gate(parts, bounds=None, scale=1.0, form="log"):
+    floor, room = (None, None) if bounds is None else (bound.float().contiguous() for bound in bounds)
+    form = ("log", "input", "key").index(form)
+    if not isinstance(parts, torch.Tensor):  # from a convolution
+        parts = torch.cat([part.flatten(2) for part in parts], -1)
+    return _Forget.apply(parts, floor, room, form, scale, compute_dtype(parts))[: form + 1]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, counts):
+        width = cos.shape[-1]
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.counts = counts
+        outputs = [x.new_empty(*x.shape[:2], count, width) for count in counts]
+        parts = _flat(x).split([count * width for count in counts], -1)
+        _turn(parts, [y.flatten(2) for y in outputs], cos, sin, 1.0)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        cos, sin = ctx.saved_tensors
+        widths = [count * cos.shape[-1] for count in ctx.counts]
+        dx = dys[0].new_empty(*dys[0].shape[:2], sum(widths))
+        _turn([dy.contiguous().flatten(2) for dy in dys], _flat(dx).split(widths, -1), cos, sin, -1.0)
+        return dx, None, None, None
+
+
+def _turn(sources, targets, cos, sin, sign: float) -> None:
+    width = cos.shape[-1]
+    half = triton.next_power_of_2(width // 2)
+    rows = max(1, TILE // (2 * half))
+    for x, y in zip(sources, targets):
+        x, y = (z if z.dim() == 2 else z.view(-1, z.shape[-1]) for z in (x, y))
+        N, heads = len(x), x.shape[-1] // width
+        rotate_kernel[(triton.cdiv(N, rows),)](
+            x, cos, sin, y, N, x.stride(0), y.stride(0), cos.shape[0] * cos.shape[1], sign,
+            HEADS=heads, D=width, BN=rows, BH=half,
+        )  # fmt: skip
+
+
+def rotate(parts, cos, sin, counts):
+    return list(_Rotate.apply(parts, cos, sin, tuple(counts)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ MLP
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dtype, gate, up, down):
+        flat = _flat(x).to(dtype)
+        gu = flat @ _weight((gate, up), dtype).t()
+        y = flat.new_empty(len(flat), len(gate))
+        grid, blocks = _grid(*y.shape)
+        swiglu_forward[grid](gu, y, len(y), D=len(gate), **blocks)
+        ctx.save_for_backward(flat, gu, gate, up, down)
+        ctx.like = x
+        return (y @ down.to(dtype).t()).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, gu, gate, up, down = ctx.saved_tensors
+        dout = _flat(dout).to(x.dtype)
+        dy = dout @ down.to(x.dtype)
+        dgu, y = torch.empty_like(gu), torch.empty_like(dy)
+        grid, blocks = _grid(*y.shape)
+        swiglu_backward[grid](gu, dy, dgu, y, len(y), D=len(gate), **blocks)
+        needs_x, _, *needs = ctx.needs_input_grad
+        ddown = _weight_gradient(dout, y, down.dtype) if needs[2] else None
+        dgate, dup = _weight_gradient(dgu, x, gate.dtype).chunk(2) if any(needs[:2]) else (None, None)
+        dx = (dgu @ _weight((gate, up), x.dtype)).view(ctx.like.shape).to(ctx.like.dtype) if needs_x else None
+        return dx, None, dgate, dup, ddown
+
+
+def mlp(module, x):
+    linears = (module.gate_proj, module.up_proj, module.down_proj)
+    if module.config.hidden_act != "silu" or module._forward_hooks or not all(map(is_plain, linears)):
+        return module(x)
+    return _Mlp.apply(x, compute_dtype(x), *(linear.weight for linear in linears))
+
+
+# Passed around as one object, so that a layer names the operation and not who serves it.
+OPERATIONS = sys.modules[__name__]
+
+__all__ = [
+    "OPERATIONS",
+    "compute_dtype",
+    "forget_gate",
+    "members",
+    "mlp",
+    "output_norm",
+    "project",
+    "rms_norm",
+    "rotate",
+    "short_convolution",
+]

@@ -1,0 +1,122 @@
+"""The language-modelling loss without the logits: projection and cross-entropy over a block of tokens at a time.
+
+Logits of a batch are its largest tensor by far: 32 sequences of 2048 tokens over a vocabulary of 32000 take 4 GiB in bfloat16,
+and their gradient as much again. Here a block's logits become a loss and a gradient at once and are forgotten; the
+gradient is known up to the scale that the backward brings.
+
+    >>> import torch
+    >>> from hybrid_models.loss import linear_cross_entropy
+    >>> hidden, weight, targets = torch.randn(6, 8), torch.randn(50, 8), torch.tensor([1, 2, -100, 4, 5, 6])
+    >>> dense = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets)
+    >>> torch.allclose(linear_cross_entropy(hidden, weight, targets), dense)
+    True
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .fused_kernels import cross_entropy_kernel
+from .pointwise import compute_dtype
+from .triton_kernels import triton
+
+IGNORED = -100
+# Logits held at a time: enough to keep a GPU's matrix units busy, little beside the rest of a training step.
+BLOCK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 23}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, count, dtype):
+        x, w = hidden.to(dtype), weight.to(dtype)
+        losses = torch.empty(len(x), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+        scale = (1.0 / count).to(losses.dtype)
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x) if needs_x else None
+        dw = torch.zeros(weight.shape, dtype=losses.dtype, device=x.device) if needs_w else None
+        step = max(1, BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS["cpu"]) // len(w))
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            logits = x[rows] @ w.t()
+            losses[rows], dlogits = _block(logits, targets[rows], scale, needs_x or needs_w)
+            if needs_x:
+                torch.mm(dlogits, w, out=dx[rows])
+            if needs_w and dlogits.is_cuda and dlogits.dtype != dw.dtype:
+                dw += torch.mm(dlogits.t(), x[rows], out_dtype=dw.dtype)
+            elif needs_w:
+                dw += dlogits.t() @ x[rows]
+        ctx.save_for_backward(dx, dw)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return losses.sum() * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        gradients = zip(ctx.saved_tensors, ctx.dtypes)
+        return *(None if d is None else (d * dloss.to(d.dtype)).to(dtype) for d, dtype in gradients), None, None, None
+
+
+def _block(logits, targets, scale, gradient: bool):
+    """Losses [N] of logits [N, V], and the logits' gradient times ``scale``, which may take their place."""
+    if logits.is_cuda and triton is not None and logits.dtype != torch.float64:
+        losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        V = logits.shape[1]
+        cross_entropy_kernel[(len(logits),)](
+            logits, targets, losses, scale, V, IGNORED, GRADIENT=gradient, BV=min(4096, triton.next_power_of_2(V)),
+            num_warps=8,
+        )  # fmt: skip
+        return losses, logits
+    log_p = logits.to(scale.dtype).log_softmax(-1)
+    losses = F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="none")
+    if not gradient:
+        return losses, None
+    counts = (targets != IGNORED).to(log_p.dtype)
+    log_p = log_p.exp_()
+    log_p.scatter_add_(1, targets.clamp(min=0)[:, None], -counts[:, None])
+    return losses, log_p.mul_((counts * scale)[:, None]).to(logits.dtype)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """cross_entropy(hidden @ weight^T, targets), in float32 (float64 for float64), a scalar.
+
+    Args:
+        hidden: [N, d].
+        weight: [V, d].
+        targets: [N] int64; -100 is ignored.
+        num_items_in_batch: what the sum is divided by; None: the number of targets.
+
+    Raises:
+        ValueError: a target outside of the vocabulary (on CUDA too, at the price of waiting for the device once).
+    """
+    if len(targets) and bool(((targets >= len(weight)) | ((targets < 0) & (targets != IGNORED))).any()):
+        raise ValueError(
+            f"labels must be {IGNORED} or token ids below {len(weight)}; these reach {int(targets.max())}."
+        )
+    count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    count = torch.as_tensor(count, device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return _LinearCrossEntropy.apply(hidden, weight, targets, count, compute_dtype(hidden))
+
+
+def check_targets(targets: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless every target is -100 or a token id below ``vocab_size``. Waits for the device."""
+    if ((targets >= vocab_size) | ((targets < 0) & (targets != IGNORED))).any():
+        low, high = int(targets.min()), int(targets.max())
+        raise ValueError(
+            f"labels must be {IGNORED} (ignored) or token ids below {vocab_size}, but these go from {low} to {high}: check "
+            "that the tokenizer belongs to this model."
+        )
+
+
+def shift(labels: torch.Tensor) -> torch.Tensor:
+    """[B, T] labels as the targets of the same columns: each column's is the next token, the last has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+__all__ = ["check_targets", "linear_cross_entropy", "shift"]
