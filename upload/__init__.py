@@ -1,0 +1,1 @@
+"""From a trained checkpoint to a published one: records of the suite, cards, bundles, publication. Runs from a checkout."""
