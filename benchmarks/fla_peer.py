@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hybrid_models.fla_config import config_to_fla
+from hybrid_models.fla_kernels import TUNED, nearest
 from hybrid_models.suite import cell_config
 
 TABLE = Path(__file__).parent / "results" / "fla_configurations.json"
@@ -59,15 +60,17 @@ def found() -> dict[str, list[dict]]:
     return table
 
 
-def replay(mixer: str) -> None:
-    """Give every kernel only the configuration that the search found for this mixer's 340M model, if it is in TABLE."""
-    table = json.loads(TABLE.read_text())["mixers"][mixer] if TABLE.exists() else {}
+def replay(mixer: str) -> bool:
+    """Give every kernel one configuration: that which the search found for this mixer's 340M model.
+
+    Returns:
+        whether TABLE has the mixer; if not, the configurations are those that our own calls of fla's kernels use, which
+        are found elsewhere in it, else 4 warps and 2 stages.
+    """
+    table = json.loads(TABLE.read_text())["mixers"] if TABLE.exists() else {}
+    rows = table.get(mixer, {})
     for kernel in autotuners():
-        for row in table.get(kernel.base_fn.__name__, [])[-1:]:
-            same = [
-                config
-                for config in kernel.configs
-                if (config.kwargs, config.num_warps, config.num_stages)
-                == (row["kwargs"], row["num_warps"], row["num_stages"])
-            ]
-            kernel.configs = same or kernel.configs
+        name = kernel.base_fn.__name__
+        found = [(row["kwargs"], row["num_warps"], row["num_stages"]) for row in rows.get(name, [])]
+        kernel.configs = [nearest(kernel.configs, found[-1] if found else TUNED.get(name))]
+    return bool(rows)

@@ -36,7 +36,7 @@ def build_ours(cell: str):
 
 def build_fla(cell: str):
     model = fla_peer.build(cell)
-    fla_peer.replay(MIXERS[cell.split("-")[-2]])
+    model.searched = fla_peer.replay(MIXERS[cell.split("-")[-2]])
     return lambda ids: model(input_ids=ids, labels=ids).loss, model
 
 
@@ -91,6 +91,8 @@ def time_steps(who: str, cell: str, batch: int, length: int, steps: int, profile
         "first_step_s": first,
         "loss": loss,
     }
+    if who == "fla":
+        row["searched"] = model.searched
     peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
     if who == "ours" and peak:
         row["mfu"] = row["tokens_per_s"] * flops_per_token(model.config, length) / peak

@@ -201,11 +201,12 @@ def _limit_search(key_width: int) -> None:
             while kernel is not None and not isinstance(kernel, type):  # Heuristics and Autotuner wrap each other
                 if isinstance(kernel, triton.runtime.Autotuner):
                     configs = _all_configs.setdefault(id(kernel), kernel.configs)
-                    kernel.configs = [_nearest(configs, wanted.get(kernel.base_fn.__name__))]
+                    kernel.configs = [nearest(configs, wanted.get(kernel.base_fn.__name__))]
                 kernel = getattr(kernel, "fn", None)
 
 
-def _nearest(configs, wanted):
+def nearest(configs, wanted):
+    """The configuration with these (keyword arguments, warps, stages), else the one nearest to 4 warps and 2 stages."""
     if wanted is not None:
         for config in configs:
             if (config.kwargs, config.num_warps, config.num_stages) == wanted:

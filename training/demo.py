@@ -22,7 +22,6 @@ from pathlib import Path
 from shutil import which
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,6 +38,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from hybrid_models import HybridLinearConfig, HybridLinearForCausalLM
 from hybrid_models.info import CacheBytes, cache_bytes, expected_cache_bytes, human_bytes, transformer_of_same_size
+
+from .corpus import train_tokenizer
 
 VOCAB_SIZE = 2048
 BLOCK = 128  # tokens of one training sequence; short ones, so that a minute holds hundreds of steps
@@ -84,24 +85,6 @@ def stdlib_files(max_bytes: int) -> list[str]:
             break
         texts.append(text)
     return texts
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, trained on ``texts``; every sequence begins with <s>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
 
 
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, torch.Tensor]]:
@@ -156,7 +139,7 @@ def train(
     set_seed(seed)
     texts = stdlib_files(max_bytes)
     held_out, texts = texts[::HELD_OUT], [text for i, text in enumerate(texts) if i % HELD_OUT]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
     held_out_blocks = blocks(held_out, tokenizer)
     model = HybridLinearForCausalLM(nano_config(tokenizer))
     trainer = Trainer(

@@ -130,7 +130,7 @@ def make_plan(
     if rows < 1 or share % rows:
         raise ValueError(f"rows={rows} does not divide the {share} sequences of a GPU's step: choose a divisor.")
     accumulation = share // rows
-    options = dict(precision="bf16" if one.bf16 else "float32", checkpointing=checkpointing)
+    options = dict(precision="bf16" if one.bf16 else "float32", checkpointing=checkpointing, skip_logits=True)
     arguments = (one.config, rows, one.sequence_length)
     # DDP's buckets hold all gradients from the start, and the parameters' own gradients come on top.
     ddp = training_memory(*arguments, **options, accumulated=accumulation > 1 or gpus > 1)
