@@ -81,7 +81,7 @@ def conv_window(inputs: torch.Tensor, lengths: torch.Tensor | None, tokens: int)
     """
     width = inputs.shape[1] - tokens
     if lengths is None:
-        return inputs[:, tokens:]
+        return inputs[:, tokens:].clone()  # a view would keep the whole prompt's inputs in memory
     index = lengths[:, None] + torch.arange(width, device=inputs.device)
     return inputs.gather(1, index[:, :, None].expand(-1, -1, inputs.shape[2]))
 

@@ -349,7 +349,7 @@ def _chunk_vector(v, log_decay, state, reset):
     if state is None:
         state = torch.zeros_like(v[:, 0])
     states = _Scan.apply(decay, v, state)
-    return states, states[:, -1]
+    return states, states[:, -1].clone()  # a view would keep all states as long as the last one
 
 
 class _Scan(torch.autograd.Function):

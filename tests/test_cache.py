@@ -476,3 +476,13 @@ def test_adoption_keeps_the_recording_flag_and_the_containers():
     assert all(a is b for a, b in zip(cache.layers, layers, strict=True))  # once is enough
     headless = HybridLinearModel(config)
     assert headless(IDS, past_key_values=DynamicCache(config=config)).past_key_values.get_seq_length() == 13
+
+
+@pytest.mark.parametrize("arch", RECURRENT, ids="-".join)
+def test_a_prefill_leaves_no_prompt_sized_memory_behind(arch):
+    """A window or state that is a view of all steps would keep them alive until the next token."""
+    cache = model_of(arch)(tokens(1, 90), use_cache=True).past_key_values
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "recurrent_states", {}).get(0), getattr(layer, "conv_states", {}).get(0)):
+            if tensor is not None:
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
