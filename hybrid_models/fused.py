@@ -30,12 +30,13 @@ from .fused_kernels import (
     swiglu_forward,
 )
 from .pointwise import compute_dtype
+from .pointwise import short_convolution as torch_convolution
 from .triton_kernels import triton
 
 GATES = {None: 0, "silu": 1, "sigmoid": 2}
 FOLLOWS = {"nothing": 0, "silu": 1, "unit": 2}
 TILE = 4096  # elements that a program of 4 warps holds at a time
-CONV_BLOCKS = 8  # blocks of tokens that a program of the convolution's backward takes in turn
+LONGEST_CONV = 4  # taps
 PROGRAMS = 528  # of kernels that sum over rows: four on each multiprocessor of an H100
 
 
@@ -196,25 +197,27 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, *dys):
         x, taps, since = ctx.saved_tensors
         (B, T, C), W, packed = x.shape, taps.shape[-1], since is not None
-        du, dx, dtaps, first = torch.empty_like(x), torch.empty_like(x), [], 0
+        du, dx, first = torch.empty_like(x), torch.empty_like(x), 0
         for (count, width, follows), dy in zip(ctx.heads, dys):
             rows, BD = _tile(width)
-            blocks = triton.cdiv(T, rows * CONV_BLOCKS)
-            part = torch.empty(B * blocks, W, count * width, dtype=torch.float32, device=x.device)
-            conv_backward_inside[(count, blocks, B)](
-                x, taps, since, dy.contiguous(), du, part, T, C, first,
-                D=width, W=W, ACT=FOLLOWS[follows], PACKED=packed,
-                BT=rows, BD=BD, BW=triton.next_power_of_2(W), BLOCKS=CONV_BLOCKS, num_warps=8,
+            conv_backward_inside[(count, triton.cdiv(T, rows), B)](
+                x, taps, since, dy.contiguous(), du, T, C, first,
+                D=width, W=W, ACT=FOLLOWS[follows], PACKED=packed, BT=rows, BD=BD,
             )  # fmt: skip
-            dtaps.append(part.sum(0))
             first += count * width
-        conv_backward[(triton.cdiv(C, 128), triton.cdiv(T, TILE // 128), B)](
-            du, taps, since, dx, T, C, W=W, PACKED=packed, BT=TILE // 128, BC=128
+        rows, channels, blocks = 8, 128, 32
+        grid = (triton.cdiv(C, channels), triton.cdiv(T, rows * blocks), B)
+        dtaps = torch.empty(grid[1] * B, W, C, dtype=torch.float32, device=x.device)
+        conv_backward[grid](
+            x, du, taps, since, dx, dtaps, T, C, W=W, PACKED=packed, BT=rows, BC=channels, BLOCKS=blocks
         )
-        return dx, torch.cat(dtaps, 1).t().reshape(taps.shape).to(taps.dtype), None, None
+        return dx, dtaps.sum(0).t().reshape(taps.shape).to(taps.dtype), None, None
 
 
 def short_convolution(parts, conv1d, heads, window=None, layout=None, keep_inputs=False):
+    if conv1d is not None and conv1d.kernel_size[0] > LONGEST_CONV:
+        parts = parts.split([count * width for count, width, _ in heads], -1)
+        return torch_convolution(parts, conv1d, heads, window, layout, keep_inputs)
     if keep_inputs and conv1d is not None:
         before = conv1d.kernel_size[0] - 1
         inputs = torch.cat(

@@ -138,65 +138,78 @@ def conv_forward(
 
 @jit
 def conv_backward_inside(
-    x_ptr, taps_ptr, since_ptr, dy_ptr, du_ptr, dtaps_ptr, T, C, first,
-    D: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, PACKED: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, taps_ptr, since_ptr, dy_ptr, du_ptr, T, C, first,
+    D: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, PACKED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient du [B, T, C] at the convolution's output, and of these heads' taps, dtaps [programs, W, heads * D].
-
-    A program takes BLOCKS blocks of BT tokens, so that few shares of the taps' gradient are left to be summed.
-    """
+    """Gradient du [B, T, C] at the convolution's output; arguments and programs as in ``conv_forward``."""
     head, heads = tl.program_id(0), tl.num_programs(0)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
     row0 = tl.program_id(2).to(tl.int64) * T
     d = tl.arange(0, BD)
     cols = first + head * D + d
-    tap = tl.arange(0, BW)
-    dtaps = tl.zeros((BW, BD), tl.float32)
-    for i in range(BLOCKS):
-        t = (tl.program_id(1) * BLOCKS + i) * BT + tl.arange(0, BT)
-        mask = (t < T)[:, None] & (d < D)[None, :]
+    mask = (t < T)[:, None] & (d < D)[None, :]
+    du = tl.load(dy_ptr + (row0 + t)[:, None] * (heads * D) + head * D + d[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    if ACT > 0:
         since = _tokens_since(since_ptr, t, row0, T, PACKED)
         u = _convolve(x_ptr, taps_ptr, t, since, cols, mask, row0, C, W, BT, BD)
-        dy = tl.load(dy_ptr + (row0 + t)[:, None] * (heads * D) + head * D + d[None, :], mask=mask, other=0.0)
-        du = dy.to(tl.float32)
-        if ACT > 0:
-            s = _sigmoid(u)
-            if ACT == 2:
-                y = u * s
-                r = 1.0 / tl.sqrt(tl.sum(tl.where(mask, y * y, 0.0), axis=1) + 1e-6)[:, None]
-                du = r * (du - y * (r * r * tl.sum(du * y, axis=1)[:, None]))
-            du *= s * (1.0 + u * (1.0 - s))
-        tl.store(du_ptr + (row0 + t)[:, None] * C + cols[None, :], du, mask=mask)
-        du = tl.where(mask, du, 0.0)
-        for w in tl.static_range(W):
-            back = W - 1 - w
-            seen = mask & (since >= back)[:, None]
-            x = tl.load(x_ptr + (row0 + t - back)[:, None] * C + cols[None, :], mask=seen, other=0.0).to(tl.float32)
-            dtaps += tl.where((tap == w)[:, None], tl.sum(du * x, axis=0)[None, :], 0.0)
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    at = (program * W + tap)[:, None] * (heads * D) + head * D + d[None, :]
-    tl.store(dtaps_ptr + at, dtaps, mask=(tap < W)[:, None] & (d < D)[None, :])
+        s = _sigmoid(u)
+        if ACT == 2:
+            y = u * s
+            r = 1.0 / tl.sqrt(tl.sum(tl.where(mask, y * y, 0.0), axis=1) + 1e-6)[:, None]
+            du = r * (du - y * (r * r * tl.sum(du * y, axis=1)[:, None]))
+        du *= s * (1.0 + u * (1.0 - s))
+    tl.store(du_ptr + (row0 + t)[:, None] * C + cols[None, :], du, mask=mask)
 
 
 @jit
 def conv_backward(
-    du_ptr, taps_ptr, since_ptr, dx_ptr, T, C,
-    W: tl.constexpr, PACKED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    x_ptr, du_ptr, taps_ptr, since_ptr, dx_ptr, dtaps_ptr, T, C,
+    W: tl.constexpr, PACKED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """dx_t = sum over w of taps_w du_(t + back): what later tokens of the same document took from token t."""
+    """dx_t = sum over taps of tap du_(t + back), what later tokens of the same document took from token t; and the taps'
+    gradient, the sum of du_(t + back) x_t, as shares dtaps [programs, W, C]. W is at most 4.
+
+    A program takes BLOCKS blocks of BT tokens and keeps the products apart until its end: summing over tokens costs more
+    than all the rest.
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
     row0 = tl.program_id(2).to(tl.int64) * T
-    mask = (t < T)[:, None] & (c < C)[None, :]
-    dx = tl.zeros((BT, BC), tl.float32)
-    for w in tl.static_range(W):
-        back = W - 1 - w
-        later = t + back
-        took = mask & (later < T)[:, None]
-        took = took & (_tokens_since(since_ptr, later, row0, T, PACKED) >= back)[:, None]
-        du = tl.load(du_ptr + (row0 + later)[:, None] * C + c[None, :], mask=took, other=0.0).to(tl.float32)
-        dx += du * tl.load(taps_ptr + c * W + w, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(dx_ptr + (row0 + t)[:, None] * C + c[None, :], dx, mask=mask)
+    # By distance: sum0 belongs to the current token's tap, the last one.
+    sum0 = tl.zeros((BT, BC), tl.float32)
+    sum1 = tl.zeros((BT, BC), tl.float32)
+    sum2 = tl.zeros((BT, BC), tl.float32)
+    sum3 = tl.zeros((BT, BC), tl.float32)
+    for i in range(BLOCKS):
+        t = (tl.program_id(1) * BLOCKS + i) * BT + tl.arange(0, BT)
+        mask = (t < T)[:, None] & (c < C)[None, :]
+        at = (row0 + t)[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dx = tl.zeros((BT, BC), tl.float32)
+        for back in tl.static_range(W):
+            later = t + back
+            took = mask & (later < T)[:, None]
+            took = took & (_tokens_since(since_ptr, later, row0, T, PACKED) >= back)[:, None]
+            du = tl.load(du_ptr + (row0 + later)[:, None] * C + c[None, :], mask=took, other=0.0).to(tl.float32)
+            dx += du * tl.load(taps_ptr + c * W + (W - 1 - back), mask=c < C, other=0.0).to(tl.float32)[None, :]
+            if back == 0:
+                sum0 += du * x
+            elif back == 1:
+                sum1 += du * x
+            elif back == 2:
+                sum2 += du * x
+            else:
+                sum3 += du * x
+        tl.store(dx_ptr + at, dx, mask=mask)
+    share = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * W
+    tl.store(dtaps_ptr + (share + W - 1) * C + c, tl.sum(sum0, axis=0), mask=c < C)
+    if W > 1:
+        tl.store(dtaps_ptr + (share + W - 2) * C + c, tl.sum(sum1, axis=0), mask=c < C)
+    if W > 2:
+        tl.store(dtaps_ptr + (share + W - 3) * C + c, tl.sum(sum2, axis=0), mask=c < C)
+    if W > 3:
+        tl.store(dtaps_ptr + (share + W - 4) * C + c, tl.sum(sum3, axis=0), mask=c < C)
 
 
 # ---------------------------------------------------------------------------------------------------------------- MLP

@@ -79,7 +79,7 @@ def packed(ops, *parts):
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("kernel", [2, 4])
+@pytest.mark.parametrize("kernel", [2, 3, 4, 5])
 def test_short_convolution(kernel, documents):
     heads = [(2, 12, "unit"), (2, 12, "silu"), (1, 20, "nothing")]
     conv = ShortConvolution(68, kernel)
