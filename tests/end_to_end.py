@@ -1,4 +1,4 @@
-"""Six small checkpoints, bundled, pushed to a local Hub, and loaded by a stranger: the whole publication as one program.
+"""Six small checkpoints, trained, bundled, pushed to a local Hub, and loaded by a stranger: the whole publication as one program.
 
     python -m tests.end_to_end /tmp/folder
     unshare -rn python -m tests.end_to_end /tmp/folder       # the same where there is no network at all
@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -95,15 +96,33 @@ def write_checkpoint(cell: str, folder: Path) -> Path:
     return folder / cell
 
 
-def bundles(folder: Path, cells=CELLS, harness: Harness | None = None) -> Path:
-    """Bundles of random checkpoints without their certificates, checked by the harness' clean interpreter."""
+def train_checkpoint(cell: str, folder: Path) -> Path:
+    """A tiny cell trained by the training command's own code, on this project's documentation, in ``folder/cell``."""
+    from training.recipes import recipe
+    from training.train import Options, train
+
+    one = recipe(cell, dataset=str(Path(__file__).parents[1] / "README.md"), lanes=1)
+    options = Options(
+        output_dir=folder / cell,
+        cache_dir=folder / "cache",
+        cpu=True,
+        probe_every=0,
+        held_out_rows=0,
+        save_steps=one.steps,
+    )
+    train(one, options, "python -m tests.end_to_end")
+    return folder / cell
+
+
+def bundles(folder: Path, cells=CELLS, harness: Harness | None = None, make: Callable = write_checkpoint) -> Path:
+    """Bundles of checkpoints without their certificates, checked by the harness' clean interpreter."""
     from upload import bundle, verify
 
     bundle.certify = lambda source: CERTIFICATE
     if harness:
         verify.run_clean = harness.run_clean
     for cell in cells:
-        source = write_checkpoint(cell, folder / "trained")
+        source = make(cell, folder / "trained")
         bundle.bundle(source, folder / "bundles", documents={"README.md": CARD.format(name=cell)})
     return folder / "bundles"
 
@@ -128,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         loopback_up()
     found: dict = {"network": has_network()}
     with Harness(folder) as harness:
-        made = bundles(folder, harness=harness)
+        made = bundles(folder, harness=harness, make=train_checkpoint)
         names = [f"org/{path}" for path in CELLS]
         found["first"] = harness.push(made, "v1.0", "--description", "Six of a test.")
         found["output"] = harness.output

@@ -231,7 +231,7 @@ def provenance(name: str, source: Path, certificate: dict, reference: dict) -> d
     return {
         "schema": 1,
         "model": name,
-        "summary": f"{kinds}{ratio}, {facts.parameters / 1e6:,.1f} M parameters",
+        "summary": f"{kinds}{ratio}, {facts.parameters:,} parameters",
         "package": {"hybrid_models": hybrid_models.__version__},
         "export": environment(),
         "weights_sha256": weights_sha256(source),
