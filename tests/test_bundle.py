@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from hybrid_models.info import describe
 from hybrid_models.results import weights_sha256
 from upload import bundle as bundling
 from upload.bundle import bundle, card, certify, main
@@ -75,7 +76,8 @@ def test_the_command_makes_a_whole_bundle(source, tmp_path):
         and {r["property"] for r in certificate["rows"]} == set(range(1, 10))
     )
     provenance = json.loads((made / "provenance.json").read_text())
-    assert provenance["weights_sha256"] == weights_sha256(source) and provenance["summary"] == "hgrn, 0.0 M parameters"
+    assert provenance["weights_sha256"] == weights_sha256(source)
+    assert provenance["summary"] == f"hgrn, {describe(AutoConfig.from_pretrained(source)).parameters:,} parameters"
     assert provenance["certificate"]["passed"] > 50 and provenance["training"] is None
     assert str(tmp_path) not in "".join((made / name).read_text() for name in ("certificate.json", "provenance.json"))
 

@@ -57,3 +57,18 @@ def test_decode_times_are_those_of_the_result_file():
         one, many = (result["cells"][cell]["batches"][batch] for batch in ("1", "32"))
         figures = (one["greedy"]["ms_per_step"], one["greedy"]["tb_s"], one["sampling"]["ms_per_step"])
         assert shown == [f"{figure:.2f}" for figure in (*figures, many["greedy"]["ms_per_step"])]
+
+
+def test_training_speeds_are_those_of_the_result_file():
+    result = json.loads((ROOT / "benchmarks/results/train_step.json").read_text())
+    cells = r"^\| `([\w.-]+)` \| (\d+) \| (\d+) \| ([\d.]+) \| (\d+)% \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(cells, TEXT, re.MULTILINE)
+    assert [row[0] for row in rows] == list(result["models"])
+    for cell, *shown in rows:
+        ours, fla = (result["models"][cell][who] for who in ("ours", "fla"))
+        speeds = ours["tokens_per_s"], fla["tokens_per_s"]
+        wanted = [f"{speed / 1e3:.0f}" for speed in speeds] + [
+            f"{speeds[0] / speeds[1]:.2f}",
+            f"{100 * ours['mfu']:.0f}",
+        ]
+        assert shown == [*wanted, f"{ours['peak_gib']:.1f}", f"{fla['peak_gib']:.1f}"]
