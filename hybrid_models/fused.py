@@ -1,6 +1,6 @@
 """What a layer computes beside matrix products and the law, as fused CUDA operations with their gradients.
 
-``pointwise`` has the same functions in plain torch, and ``kernels.pointwise`` chooses between the two modules. Fusing saves
+``pointwise`` has the same functions in plain torch, and ``kernels.operations`` chooses between the two modules. Fusing saves
 time and memory: one pass instead of a dozen, an operation's input kept instead of every step in it, the MLP's product
 computed again in the backward, and weights that share an input multiplied as one.
 
@@ -30,6 +30,8 @@ from .fused_kernels import (
     swiglu_forward,
 )
 from .pointwise import compute_dtype
+from .pointwise import output_norm as torch_output_norm
+from .pointwise import rms_norm as torch_rms_norm
 from .pointwise import short_convolution as torch_convolution
 from .triton_kernels import triton
 
@@ -40,14 +42,23 @@ LONGEST_CONV = 4  # taps
 PROGRAMS = 528  # of kernels that sum over rows: four on each multiprocessor of an H100
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward on weights that are here, and nothing else.
+
+    Hooks say no, and so does a forward of its own, by which accelerate brings offloaded weights.
+    """
+    return "forward" not in vars(module) and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether multiplying by ``linear.weight`` is all that calling the module would do: no adapter, bias or hook."""
     return (
         type(linear) is nn.Linear
         and linear.bias is None
         and type(linear.weight.data) is torch.Tensor
-        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
-        and not linear._backward_pre_hooks
+        and is_untouched(linear)
     )
 
 
@@ -80,7 +91,7 @@ class _Project(torch.autograd.Function):
     def forward(ctx, x, dtype, counts, *weights):
         flat = _flat(x).to(dtype)
         ctx.save_for_backward(flat, *weights)
-        ctx.counts, ctx.like = counts, x
+        ctx.counts, ctx.shape, ctx.dtype = counts, x.shape, x.dtype
         rest = list(weights)
         groups = [[rest.pop(0) for _ in range(count)] for count in counts]
         return tuple((flat @ _weight(group, dtype).t()).unflatten(0, x.shape[:-1]) for group in groups)
@@ -101,7 +112,7 @@ class _Project(torch.autograd.Function):
                 dweights += gradient.split([len(w) for w in group])
             else:
                 dweights += [None] * count
-        dx = None if dx is None else dx.view(ctx.like.shape).to(ctx.like.dtype)
+        dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
         return dx, None, None, *dweights
 
 
@@ -162,10 +173,14 @@ class _Norm(torch.autograd.Function):
 
 
 def rms_norm(norm, x, residual=None):
+    if not is_untouched(norm):
+        return torch_rms_norm(norm, x, residual)
     return _Norm.apply(x, residual, None, norm.weight, norm.eps, compute_dtype(x), None)
 
 
 def output_norm(norm, o, dtype, gate=None, act=None):
+    if not is_untouched(norm):
+        return torch_output_norm(norm, o, dtype, gate, act)
     _, y = _Norm.apply(o, None, gate, norm.weight, norm.eps, dtype, None if gate is None else act)
     return y.flatten(2)
 
@@ -215,7 +230,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def short_convolution(parts, conv1d, heads, window=None, layout=None, keep_inputs=False):
-    if conv1d is not None and conv1d.kernel_size[0] > LONGEST_CONV:
+    if conv1d is not None and not (conv1d.kernel_size[0] <= LONGEST_CONV and is_untouched(conv1d)):
         parts = parts.split([count * width for count, width, _ in heads], -1)
         return torch_convolution(parts, conv1d, heads, window, layout, keep_inputs)
     if keep_inputs and conv1d is not None:
@@ -339,7 +354,7 @@ class _Mlp(torch.autograd.Function):
         grid, blocks = _grid(*y.shape)
         swiglu_forward[grid](gu, y, len(y), D=len(gate), **blocks)
         ctx.save_for_backward(flat, gu, gate, up, down)
-        ctx.like = x
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         return (y @ down.to(dtype).t()).view(x.shape)
 
     @staticmethod
@@ -354,13 +369,13 @@ class _Mlp(torch.autograd.Function):
         needs_x, _, *needs = ctx.needs_input_grad
         ddown = _weight_gradient(dout, y, down.dtype) if needs[2] else None
         dgate, dup = _weight_gradient(dgu, x, gate.dtype).chunk(2) if any(needs[:2]) else (None, None)
-        dx = (dgu @ _weight((gate, up), x.dtype)).view(ctx.like.shape).to(ctx.like.dtype) if needs_x else None
+        dx = (dgu @ _weight((gate, up), x.dtype)).view(ctx.shape).to(ctx.dtype) if needs_x else None
         return dx, None, dgate, dup, ddown
 
 
 def mlp(module, x):
     linears = (module.gate_proj, module.up_proj, module.down_proj)
-    if module.config.hidden_act != "silu" or module._forward_hooks or not all(map(is_plain, linears)):
+    if module.config.hidden_act != "silu" or not is_untouched(module) or not all(map(is_plain, linears)):
         return module(x)
     return _Mlp.apply(x, compute_dtype(x), *(linear.weight for linear in linears))
 

@@ -53,7 +53,11 @@ def describe() -> list[Choice]:
     return [
         Choice("torch", True, "every device and dtype"),
         Choice("fla", fla is None, fla or "training and prefill in 16 bits"),
-        Choice("triton", no_triton is None, no_triton or "decode steps of generate(), greedy and sampling"),
+        Choice(
+            "triton",
+            no_triton is None,
+            no_triton or "decode steps of generate(); norms, gates and convolutions of sequences",
+        ),
     ]
 
 

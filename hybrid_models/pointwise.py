@@ -1,6 +1,6 @@
 """What a layer computes beside matrix products and the law, in plain torch: norms, gates, the short convolution, rotation.
 
-``fused`` has the same functions as CUDA operations; ``kernels.pointwise`` says which of the two modules serves a call, and
+``fused`` has the same functions as CUDA operations; ``kernels.operations`` says which of the two modules serves a call, and
 the tests hold one against the other. Here everything is written out, in float32 for 16-bit inputs, in float64 for float64.
 """
 

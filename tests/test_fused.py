@@ -160,6 +160,29 @@ def test_project_calls_layers_that_do_more_than_multiply():
     torch.testing.assert_close(fused.project(x, (layers[0],))[0], 2 * F.linear(x, layers[0].weight))
 
 
+def test_a_module_with_offloaded_weights_is_called():
+    """accelerate keeps such weights elsewhere until its own forward runs."""
+    from accelerate import cpu_offload
+
+    norm, mlp = norm_of(32), tiny_model("gla").float().model.layers[0].mlp
+    conv = ShortConvolution(64, 4)
+    x, wide = torch.randn(B, T, 32), torch.randn(B, T, 64)
+
+    def run():
+        total, normed = fused.rms_norm(norm, x)
+        convolved, _ = fused.short_convolution(wide, conv, [(2, 32, "silu")])
+        gated = fused.output_norm(norm, x[:, :, None], x.dtype, x, "silu")
+        return [normed, gated, convolved[0], fused.mlp(mlp, x), fused.project(x, (mlp.gate_proj,))[0]]
+
+    with torch.no_grad():
+        want = run()
+        for module in (norm, mlp, conv):
+            cpu_offload(module, execution_device="cpu")
+        assert norm.weight.is_meta and mlp.gate_proj.weight.is_meta
+        for a, b in zip(want, run()):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
 def test_frozen_weights_get_no_gradient():
     layers = [nn.Linear(24, 8, bias=False).requires_grad_(False), nn.Linear(24, 8, bias=False)]
     x = torch.randn(B, T, 24, requires_grad=True)
