@@ -26,7 +26,7 @@ from .configuration_hybrid_linear import HybridLinearConfig
 SIZES: dict[str, dict] = {
     "340M-20B": dict(hidden_size=1024, num_attention_heads=16),
     "1.3B-100B": dict(hidden_size=2048, num_attention_heads=32),
-    # Sizes that train in a minute on one GPU, as deep as the others, so that a level means the same layers.
+    # Sizes for rehearsal, a minute or two on one GPU, as deep as the others, so that a level means the same layers.
     "nano-7M": dict(vocab_size=4096, hidden_size=128, num_attention_heads=2),
     "nano-22M": dict(vocab_size=4096, hidden_size=256, num_attention_heads=4),
     "tiny": dict(
