@@ -32,6 +32,7 @@ from hybrid_models.results import read_all
 from tests.common import tiny_model, tokens
 from tests.test_data import documents, write_parquet
 from training import train as command
+from training import trainer
 from training.accounting import flops_per_token
 from training.callbacks import Speed, StepLog, first_non_finite, state_statistics
 from training.recipes import recipe
@@ -253,6 +254,18 @@ def die_at_save(step: int) -> None:
     HybridTrainer._save_optimizer_and_scheduler = save
 
 
+def die_at_rotation(step: int) -> None:
+    """Have the process killed after checkpoint ``step`` is there, before an older one is removed for it."""
+    plain = trainer.rotate_checkpoints
+
+    def rotate(output_dir, limit):
+        if (Path(output_dir) / f"checkpoint-{step}").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain(output_dir, limit)
+
+    trainer.rotate_checkpoints = rotate
+
+
 def die_at_end(_) -> None:
     """Have the process killed when the last step is done and saved, but nothing of the result is written."""
     command.measured = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
@@ -260,7 +273,8 @@ def die_at_end(_) -> None:
 
 def test_killed_while_writing_a_checkpoint_a_run_is_the_uninterrupted_one(reference, data):
     directory = data / "cut"
-    breaks = [("die_at_save", 6), ("die_at_flush", 4), ("die_at_flush", 9), ("die_at_save", 9), ("die_at_end", None)]
+    breaks = [("die_at_save", 6), ("die_at_flush", 4), ("die_at_flush", 9), ("die_at_save", 9)]
+    breaks += [("die_at_rotation", STEPS), ("die_at_end", None)]
     for number, break_it in enumerate(breaks):
         run = Run(argv(data, name="cut"), data / "cut-output", break_it=break_it)
         assert run.end() == -signal.SIGKILL, run.text
@@ -274,6 +288,7 @@ def test_killed_while_writing_a_checkpoint_a_run_is_the_uninterrupted_one(refere
     assert losses(directory) == losses(reference)
     assert equal(weights(directory), weights(reference))
     assert not (directory / STAGING).exists()
+    assert len(list(directory.glob("checkpoint-*"))) == 2
     both = [json.loads((path / "training.json").read_text())["metrics"] for path in (directory, reference)]
     assert [m["value"] for m in both[0] if m["metric"] == "loss_nats"] == [
         m["value"] for m in both[1] if m["metric"] == "loss_nats"

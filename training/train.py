@@ -37,6 +37,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from hybrid_models import HybridLinearForCausalLM
@@ -201,6 +202,7 @@ def train(
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     log = StepLog(output_dir / "log.jsonl")
     if main:
+        rotate_checkpoints(str(output_dir), options.keep)  # a kill may have come between a save and this
         log.cut(done)
         print(f"{one.cell}: " + (f"going on after step {done} of {one.steps}" if done else f"{one.steps} steps"))
 
