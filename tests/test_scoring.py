@@ -22,6 +22,9 @@ PAIRS = [
     ((3, 4), (7,)),
     ((4, 14), (2,)),
     ((5, 3), (3,)),
+    ((6, 2), (3,)),
+    ((7, 11), (1,)),
+    ((8, 6), (5,)),
 ]  # (seed, context), (continuation)
 
 
@@ -49,6 +52,7 @@ def test_batches_equal_single_rows(name):
         assert one.token_nats == pytest.approx(brute_force(model, context, continuation), abs=1e-5)
         assert one.nats == pytest.approx(sum(one.token_nats))
     prompts = [context for context, _ in asked]
+    assert len(prompts) == 8
     together = generate(model.double(), prompts, 5, batch_size=8)
     assert together == [generate(model, [prompt], 5)[0] for prompt in prompts]
     assert {len(row) for row in together} == {5}
