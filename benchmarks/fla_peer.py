@@ -7,14 +7,12 @@ finds are put in place of it: the peer then runs at the speed that a user of fla
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from hybrid_models.fla_config import config_to_fla
-from hybrid_models.fla_kernels import TUNED, nearest
+from hybrid_models.fla_kernels import TUNED, autotuners, nearest
 from hybrid_models.suite import cell_config
 
 TABLE = Path(__file__).parent / "results" / "fla_configurations.json"
@@ -32,21 +30,6 @@ def build(cell: str, dtype: torch.dtype = torch.bfloat16):
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.to(dtype).train()
-
-
-def autotuners() -> Iterator:
-    """Every autotuned kernel of fla that is imported, each once."""
-    from triton.runtime import Autotuner
-
-    seen = set()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fla."):
-            for kernel in list(vars(module).values()):
-                while kernel is not None and not isinstance(kernel, type):  # Heuristics and Autotuner wrap each other
-                    if isinstance(kernel, Autotuner) and id(kernel) not in seen:
-                        seen.add(id(kernel))
-                        yield kernel
-                    kernel = getattr(kernel, "fn", None)
 
 
 def found() -> dict[str, list[dict]]:

@@ -29,8 +29,7 @@ from hybrid_models import results
 from hybrid_models.info import CacheBytes, cache_bytes, expected_cache_bytes, human_bytes, transformer_of_same_size
 
 from .certify import load
-from .scoring import DTYPES
-from .state import add_device_arguments, comma_separated
+from .scoring import DTYPES, add_device_arguments, comma_separated
 
 LENGTHS = (512, 1024, 2048, 4096)
 TIMED, UNTIMED = 30, 3  # tokens; the first ones capture the step on CUDA and fill caches elsewhere

@@ -33,6 +33,7 @@ from .scoring import (
     DTYPES,
     Encoder,
     add_model_arguments,
+    comma_separated,
     generate,
     load,
     loglikelihoods,
@@ -237,13 +238,6 @@ def _without_repeats(not_run: dict[str, str]) -> dict[str, str]:
     return {f"{task}/{','.join(lengths)}": reason for (task, reason), lengths in by_task.items()}
 
 
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 512,1024") from None
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m evaluation.ruler",
@@ -254,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", metavar="PATH", help="checkpoint directory or repo id")
     parser.add_argument(
         "--lengths",
-        type=_lengths,
+        type=comma_separated,
         default=[512, 1024, 2048, 4096],
         metavar="N,N",
         help="in tokens, answer included (default 512,1024,2048,4096)",

@@ -256,17 +256,30 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device | str) ->
     return ids.to(device), mask.to(device)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every command on a checkpoint shares."""
-    parser.add_argument("--tokenizer", metavar="PATH", help="if it is not with the model")
+def comma_separated(text: str) -> list[int]:
+    """ "64,128" -> [64, 128], for argparse."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 512,1024") from None
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is run, and where the result goes."""
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here %(default)s"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="changes the time only (default %(default)s)")
     parser.add_argument(
         "--output", default=str(results.FOLDER), metavar="DIR", help="result files; default %(default)s"
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every command on a checkpoint's texts shares."""
+    parser.add_argument("--tokenizer", metavar="PATH", help="if it is not with the model")
+    parser.add_argument("--batch-size", type=int, default=8, help="changes the time only (default %(default)s)")
+    add_device_arguments(parser)
 
 
 def _batches(lengths: Sequence[int], batch_size: int, progress: str | None) -> Iterator[list[int]]:
@@ -292,7 +305,9 @@ __all__ = [
     "DTYPES",
     "Continuation",
     "Encoder",
+    "add_device_arguments",
     "add_model_arguments",
+    "comma_separated",
     "generate",
     "load",
     "loglikelihoods",

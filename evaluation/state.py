@@ -30,7 +30,7 @@ from hybrid_models import results
 from hybrid_models.recurrence import chunk
 
 from .recall import read_documents
-from .scoring import DTYPES, Encoder, load, protocol_of
+from .scoring import DTYPES, Encoder, add_device_arguments, comma_separated, load, protocol_of
 from .state_measures import lagged_recall, norm_growth, retained_energy, spectrum_measures, vector_measures
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -334,20 +334,6 @@ def main(argv: list[str] | None = None) -> None:
     plot(rows, path.with_suffix(".png"), f"{one['model']}: recurrent states, a line per layer (mean over heads)")
     print(table(one))
     print(f"written to {path}, and {path.stem}.csv and {path.stem}.png beside it")
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``scoring.add_model_arguments`` that a measurement without batches has."""
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here %(default)s"
-    )
-    parser.add_argument("--output", default=results.FOLDER, metavar="DIR", help="result files; default %(default)s")
-
-
-def comma_separated(text: str) -> list[int]:
-    """ "64,128" -> [64, 128], for argparse."""
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

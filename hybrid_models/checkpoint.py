@@ -348,19 +348,20 @@ def finished_or_absent(destination: str | os.PathLike, overwrite: bool = False) 
     try:
         yield partial
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            flush(path)
         old = destination.with_name(destination.name + ".old")
         if destination.is_dir():
             destination.rename(old)
         partial.rename(destination)
-        _sync(destination.parent)
+        flush(destination.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or a directory's names, on the disk: a power cut after this does not undo it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -368,4 +369,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["Files", "LazyTensor", "finished_or_absent", "size_in_bytes", "some", "stack", "write_json", "write_weights"]
+__all__ = [
+    "Files",
+    "LazyTensor",
+    "finished_or_absent",
+    "flush",
+    "size_in_bytes",
+    "some",
+    "stack",
+    "write_json",
+    "write_weights",
+]

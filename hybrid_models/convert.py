@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -142,9 +143,8 @@ def _source(checkpoint: Checkpoint) -> dict:
 
 
 def _versions() -> dict[str, str]:
-    from . import __version__
-
-    return {"hybrid_models": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    own = sys.modules[__package__].__version__
+    return {"hybrid_models": own} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _check_space(destination: Path, tensors: dict[str, LazyTensor]) -> None:

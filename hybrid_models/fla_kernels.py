@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -190,18 +191,26 @@ def _limit_search(key_width: int) -> None:
     Trying all of them takes four minutes before the first training step; HYBRID_LINEAR_SEARCH=1 keeps the search, for
     long runs on other cards.
     """
-    seen = (key_width > 128, len(sys.modules))
-    if os.environ.get("HYBRID_LINEAR_SEARCH") == "1" or seen in _limited:
+    global _limited
+    now = (key_width > 128, len(sys.modules))
+    if os.environ.get("HYBRID_LINEAR_SEARCH") == "1" or now == _limited:
         return
-    _limited.clear()
-    _limited.add(seen)
+    _limited = now
     wanted = TUNED | WIDE if key_width > 128 else TUNED
-    for name, module in list(sys.modules.items()):
-        for kernel in list(vars(module).values()) if name.startswith("fla.") else ():
+    for kernel in autotuners():
+        configs = _all_configs.setdefault(id(kernel), kernel.configs)
+        kernel.configs = [nearest(configs, wanted.get(kernel.base_fn.__name__))]
+
+
+def autotuners() -> Iterator:
+    """Every autotuned kernel of fla that is imported, each once."""
+    seen = set()
+    for module in [module for name, module in list(sys.modules.items()) if name.startswith("fla.")]:
+        for kernel in list(vars(module).values()):
             while kernel is not None and not isinstance(kernel, type):  # Heuristics and Autotuner wrap each other
-                if isinstance(kernel, triton.runtime.Autotuner):
-                    configs = _all_configs.setdefault(id(kernel), kernel.configs)
-                    kernel.configs = [nearest(configs, wanted.get(kernel.base_fn.__name__))]
+                if isinstance(kernel, triton.runtime.Autotuner) and id(kernel) not in seen:
+                    seen.add(id(kernel))
+                    yield kernel
                 kernel = getattr(kernel, "fn", None)
 
 
@@ -214,16 +223,15 @@ def nearest(configs, wanted):
     return min(configs, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))
 
 
-_limited: set[tuple[bool, int]] = set()
+_limited: tuple[bool, int] | None = None  # wide heads or not, and the modules imported, at the last time
 _all_configs: dict[int, list] = {}
 
 
 def _vector(v, log_decay, state, boundaries):
     if state is None and boundaries is None:
         o, _ = _kernel("chunk_hgrn")(x=v, g=log_decay)
-        return o, o[
-            :, -1
-        ].float()  # the states are the output; chunk_hgrn drops the gradient of the one it returns apart
+        # The states are the output; chunk_hgrn drops the gradient of the one that it returns apart.
+        return o, o[:, -1].float()
     o, state = _kernel("fused_recurrent_hgrn")(
         x=v, g=log_decay, initial_state=state, output_final_state=True, cu_seqlens=boundaries
     )

@@ -43,11 +43,9 @@ class TokenLayout(NamedTuple):
         """The same with documents that begin where ``reset`` [B, T] is True."""
         if reset is None:
             return self
-        columns = torch.arange(reset.shape[1], device=reset.device)
-        since = columns - torch.where(reset, columns, 0).cummax(1).values
-        boundaries = None
+        boundaries, since = None, _tokens_since(reset)
         if reset.is_cuda and not is_tracing(reset):
-            starts = reset.index_fill(1, columns[:1], True).flatten().nonzero().flatten()
+            starts = (since == 0).flatten().nonzero().flatten()
             boundaries = torch.cat((starts, starts.new_tensor([reset.numel()])))
         return self._replace(reset=reset, since=since.int(), boundaries=boundaries)
 
@@ -137,9 +135,14 @@ def read_packing(
     if not tracing and not reset[:, 1:].any():
         return None, position_ids
     if position_ids is None:
-        columns = torch.arange(tokens, device=reset.device).expand(batch_size, -1)
-        position_ids = columns - torch.where(reset, columns, 0).cummax(1).values
+        position_ids = _tokens_since(reset)
     return reset, position_ids
+
+
+def _tokens_since(reset: torch.Tensor) -> torch.Tensor:
+    """[B, T] how many tokens of the same document lie before each; column 0 begins one."""
+    columns = torch.arange(reset.shape[1], device=reset.device)
+    return columns - torch.where(reset, columns, 0).cummax(1).values
 
 
 def _starts(changes: torch.Tensor) -> torch.Tensor:

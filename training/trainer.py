@@ -30,6 +30,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from hybrid_models import HybridLinearForCausalLM
+from hybrid_models.checkpoint import flush
 
 from .callbacks import Diverged, Speed, StepLog, first_non_finite, state_statistics
 from .data import Stream, merge_states
@@ -217,7 +218,8 @@ class HybridTrainer(Trainer):
             place.write_text(json.dumps(self.batches.place))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                flush_to_disk(staging / name)
+                for path in [*(p for p in (staging / name).rglob("*") if p.is_file()), staging / name]:
+                    flush(path)  # all of it, before a name is given that says it is whole
                 shutil.rmtree(output_dir / name, ignore_errors=True)
                 (staging / name).rename(output_dir / name)
                 staging.rmdir()
@@ -230,23 +232,12 @@ class HybridTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def flush_to_disk(directory: Path) -> None:
-    """Have every file below ``directory`` on the disk before anything is renamed: a power cut must not undo half of it."""
-    for path in [*(p for p in directory.rglob("*") if p.is_file()), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 __all__ = [
     "STAGING",
     "WRITE_ERRORS",
     "Batches",
     "HybridTrainer",
     "SaveFailed",
-    "flush_to_disk",
     "last_checkpoint",
     "read_place",
 ]
