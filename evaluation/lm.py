@@ -337,6 +337,10 @@ def main(argv: list[str] | None = None) -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("output", "target")}
     try:
         one = evaluate(args.target, **options, command=results.this_command("evaluation.lm", argv))
+    except ConnectionError as error:
+        parser.error(
+            f"{error}. Pass --data-root with a folder of the tasks' files, or a bare --tasks for --text alone."
+        )
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(table(one))
