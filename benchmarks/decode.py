@@ -1,12 +1,13 @@
 """Decoding speed through generate(), beside the bytes that each token has to read.
 
     python -m benchmarks.decode                                              # 340M and 1.3B GatedDeltaNet 6-1, batch 1 and 32
-    python -m benchmarks.decode --cells 1.3B-100B-HGRN2-hybrid-3-1 --batches 1
+    python -m benchmarks.decode --cells 1.3B-100B-HGRN2-hybrid-3-1 --batches 1 --peers ''
 
 A step is timed as the difference of two calls with different numbers of new tokens, so the prompt, the capture and the
 first token drop out. ``bytes`` is what a step must move at least: every weight but the embedding once, the recurrent
 states twice (read and written), the key/value cache once. ``read_tb_s`` is what a plain read of the card gives in the same
-run; ``share_of_read`` is the step's bytes over its time, divided by that.
+run; ``share_of_read`` is the step's bytes over its time, divided by that. The peers are fla's own model of the cell and
+transformers' Llama of its size, as they come (``benchmarks.peers``), in shorter runs, for they are slow.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from benchmarks.common import write_result
 from hybrid_models import HybridLinearForCausalLM
 from hybrid_models.suite import cell_config
 
+from . import peers
+
 PROMPT = 128
 SHORT, LONG = 16, 272
+PEER_SHORT, PEER_LONG = 4, 28
 
 
 def build(config, dtype=torch.bfloat16):
@@ -64,14 +68,32 @@ def generate_seconds(model, ids, new_tokens: int, **options) -> float:
     return time.perf_counter() - start
 
 
-def step_milliseconds(model, ids, repeats: int = 5, **options) -> list[float]:
+def step_milliseconds(model, ids, repeats: int = 5, lengths=(SHORT, LONG), **options) -> list[float]:
     """Sorted milliseconds per token over ``repeats`` pairs of calls."""
-    generate_seconds(model, ids, LONG, **options)  # compiles and captures
+    generate_seconds(model, ids, lengths[1], **options)  # compiles and captures
     steps = []
     for _ in range(repeats):
-        short, long = (generate_seconds(model, ids, n, **options) for n in (SHORT, LONG))
-        steps.append(1e3 * (long - short) / (LONG - SHORT))
+        short, long = (generate_seconds(model, ids, n, **options) for n in lengths)
+        steps.append(1e3 * (long - short) / (lengths[1] - lengths[0]))
     return sorted(steps)
+
+
+def measure_peer(who: str, cell: str, batches: list[int]) -> dict:
+    """Greedy milliseconds per step; an exception becomes a row that says so."""
+    rows = {}
+    try:
+        model = getattr(peers, who)(cell, use_cache=True).eval()
+        if who == "fla":
+            peers.replay(cell)
+        for batch in batches:
+            ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT), device="cuda")
+            steps = step_milliseconds(model, ids, 3, (PEER_SHORT, PEER_LONG), do_sample=False)
+            rows[batch] = {"ms_per_step": statistics.median(steps), "min_ms": steps[0], "max_ms": steps[-1]}
+            print(f"{cell:40s} batch {batch:3d}: {who} {rows[batch]['ms_per_step']:.3f} ms", flush=True)
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
+        rows["error"] = str(error).strip().splitlines()[0][:300]
+        print(f"{cell:40s} {who}: {rows['error']}", flush=True)
+    return rows
 
 
 def measure(cell: str, batches: list[int], bandwidth: float) -> dict:
@@ -108,11 +130,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default="340M-20B-GatedDeltaNet-hybrid-6-1,1.3B-100B-GatedDeltaNet-hybrid-6-1")
     parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--peers", default="fla,llama", help="timed beside ours (default %(default)s)")
     parser.add_argument("--name", default="decode", help="name of the result file")
     args = parser.parse_args()
     bandwidth = read_bandwidth()
     batches = [int(batch) for batch in args.batches.split(",")]
-    cells = {cell: measure(cell, batches, bandwidth) for cell in args.cells.split(",")}
+    cells = {}
+    for cell in args.cells.split(","):
+        cells[cell] = measure(cell, batches, bandwidth)
+        for who in filter(None, args.peers.split(",")):
+            cells[cell][who] = measure_peer(who, cell, batches)
     write_result(args.name, {"dtype": "bfloat16", "prompt": PROMPT, "read_tb_s": bandwidth / 1e12, "cells": cells})
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.train_step --mixers GLA --profile  # and where the time goes, kernel by kernel
 
 Kernels are compiled first, in several processes at a time; the timed models then find them in Triton's cache. fla's kernels run
-with the configurations that its own search found on this class of card (``fla_peer``). Results: results/train_step.json,
+with the configurations that its own search found on this class of card (``peers``). Results: results/train_step.json,
 tokens/s by the median step with the fastest and the slowest, peak memory, and MFU of the true operations.
 """
 
@@ -24,7 +24,7 @@ from hybrid_models import HybridLinearForCausalLM
 from hybrid_models.suite import MIXERS, cell_config
 from training.accounting import flops_per_token, peak_flops
 
-from . import fla_peer
+from . import peers
 
 
 def build_ours(cell: str):
@@ -35,19 +35,13 @@ def build_ours(cell: str):
 
 
 def build_fla(cell: str):
-    model = fla_peer.build(cell)
-    model.searched = fla_peer.replay(MIXERS[cell.split("-")[-2]])
+    model = peers.fla(cell)
+    model.searched = peers.replay(cell)
     return lambda ids: model(input_ids=ids, labels=ids).loss, model
 
 
 def build_llama(cell: str):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = cell_config(cell)
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, use_cache=False))
-    model = model.to(torch.bfloat16).train()
+    model = peers.llama(cell)
     return lambda ids: model(input_ids=ids, labels=ids).loss, model
 
 

@@ -19,13 +19,12 @@ import torch
 
 from benchmarks.common import write_result
 from hybrid_models import HybridLinearForCausalLM
-from hybrid_models.suite import MIXERS
 from training.corpus import default_cache
 from training.recipes import recipe
 from training.sources import open_tokenizer
 from training.train import Options, train
 
-from . import fla_peer
+from . import peers
 
 
 def run(cell: str, who: str, rows: int, steps: int) -> dict:
@@ -45,8 +44,8 @@ def run(cell: str, who: str, rows: int, steps: int) -> dict:
         )
 
         def fla(config):
-            model = fla_peer.build(cell, torch.float32)
-            fla_peer.replay(MIXERS[cell.split("-")[-2]])
+            model = peers.fla(cell, torch.float32)
+            peers.replay(cell)
             return model
 
         options = Options(

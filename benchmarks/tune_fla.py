@@ -3,8 +3,8 @@
     python -m benchmarks.tune_fla                                          # six mixers at 340M, 10 minutes on an H200
 
 Each mixer's own fla model takes a training step in a process of its own. The processes share the card: they compile side by
-side, and a lock keeps two of them from timing at once. ``benchmarks.fla_peer.replay`` and the table in
-``hybrid_models/fla_kernels.py`` use the result.
+side, and a lock keeps two of them from timing at once. ``benchmarks.peers.replay`` and the table in
+``hybrid_models/fla_kernels.py`` use the result. Mixers that are not searched keep what the file has of them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 from hybrid_models.results import environment
 from hybrid_models.suite import MIXERS
 
-from . import fla_peer
+from . import peers
 
 
 def search(cell: str, batch: int, lock: Path) -> dict:
-    """One training step of fla's model with the search on; returns ``fla_peer.found()`` and the seconds it took."""
+    """One training step of fla's model with the search on; returns ``peers.found()`` and the seconds it took."""
     from triton.runtime import Autotuner
     from triton.testing import do_bench
 
@@ -42,11 +42,11 @@ def search(cell: str, batch: int, lock: Path) -> dict:
 
     Autotuner.do_bench = property(lambda self: one_at_a_time)
     start = time.perf_counter()
-    model = fla_peer.build(cell)
+    model = peers.fla(cell)
     ids = torch.randint(3, 32000, (batch, 2048), device="cuda")
     model(input_ids=ids, labels=ids).loss.backward()
     torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - start, "kernels": fla_peer.found()}
+    return {"seconds": time.perf_counter() - start, "kernels": peers.found()}
 
 
 def run(mixer: str, size: str, batch: int, lock: Path, device: int) -> dict:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--size", default="340M-20B")
     parser.add_argument("--batch", type=int, default=16, help="sequences of 2048 tokens")
     parser.add_argument("--at-once", type=int, default=3, help="processes per card")
-    parser.add_argument("--output", default=str(fla_peer.TABLE))
+    parser.add_argument("--output", default=str(peers.TABLE))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--lock", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
         return
     mixers, cards = args.mixers.split(","), torch.cuda.device_count()
     output = Path(args.output)
-    table = {"size": args.size, "batch": args.batch, **environment(), "mixers": {}, "seconds": {}}
+    table = json.loads(output.read_text()) if output.exists() else {"mixers": {}, "searches": {}}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once * cards) as pool:
         running = {
             mixer: pool.submit(run, mixer, args.size, args.batch, Path(folder) / str(i % cards), i % cards)
@@ -86,10 +86,10 @@ def main() -> None:
         for mixer, future in running.items():
             result = future.result()
             if "error" not in result:
-                table["mixers"][MIXERS[mixer]] = result["kernels"]
-                table["seconds"][MIXERS[mixer]] = result["seconds"]
+                about = {"size": args.size, "batch": args.batch, "seconds": result["seconds"], **environment()}
+                table["mixers"][MIXERS[mixer]], table["searches"][MIXERS[mixer]] = result["kernels"], about
                 output.write_text(json.dumps(table, indent=1) + "\n")
-    print(json.dumps({"seconds": table["seconds"]}))
+    print(json.dumps({"seconds": {mixer: about["seconds"] for mixer, about in table["searches"].items()}}))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def _kernel(name: str, key_width: int = 0):
         raise RuntimeError(
             f"fla-core does not import ({error}): reinstall it, or set HYBRID_LINEAR_BACKEND=torch."
         ) from error
-    _limit_search(key_width)
+    _limit_search(name, key_width)
     return {
         "chunk_delta_rule": chunk_delta_rule,
         "chunk_gated_delta_rule": chunk_gated_delta_rule,
@@ -156,8 +156,9 @@ def _kernel(name: str, key_width: int = 0):
     }[name]
 
 
-# What fla's search found on an H100 for the 340M models (benchmarks/results/fla_configurations.json): keyword arguments,
-# warps, stages. Where heads with more than 128 key channels want something else, it stands in WIDE.
+# What fla's search found on an H100 and an H200 for the 340M models (benchmarks/results/fla_configurations.json): keyword
+# arguments, warps, stages. Where heads with more than 128 key channels, or GLA's gates per channel, want something else, it
+# stands in WIDE and PER_CHANNEL.
 TUNED = {
     "chunk_bwd_kernel_dh": (dict(BK=32, BV=64), 4, 2),
     "chunk_bwd_kernel_dqkwg": ({}, 4, 2),
@@ -176,6 +177,18 @@ TUNED = {
     "prepare_wy_repr_bwd_kernel": ({}, 2, 2),
     "recompute_w_u_fwd_kernel": ({}, 4, 3),
 }
+PER_CHANNEL = {
+    "chunk_bwd_kernel_dh": (dict(BK=64, BV=64), 4, 2),
+    "chunk_fwd_kernel_h": (dict(BK=64, BV=64), 4, 2),
+    "chunk_gla_bwd_kernel_dA": ({}, 4, 3),
+    "chunk_gla_bwd_kernel_dv": (dict(BK=32, BV=64), 8, 3),
+    "chunk_gla_bwd_kernel_inter": (dict(BK=64, BV=64), 4, 2),
+    "chunk_gla_bwd_kernel_intra": ({}, 1, 2),
+    "chunk_gla_fwd_A_kernel_intra_sub_inter": (dict(BK=32), 1, 3),
+    "chunk_gla_fwd_A_kernel_intra_sub_intra": ({}, 2, 3),
+    "chunk_gla_fwd_kernel_o": (dict(BK=64, BV=128), 4, 3),
+    "chunk_local_cumsum_vector_kernel": (dict(BS=64), 2, 3),
+}
 WIDE = {
     "chunk_bwd_kernel_dv_local": ({}, 4, 3),
     "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": (dict(BV=32), 4, 2),
@@ -185,21 +198,34 @@ WIDE = {
 }
 
 
-def _limit_search(key_width: int) -> None:
+def _limit_search(name: str, key_width: int) -> None:
     """Leave every autotuned kernel of fla one configuration: the tuned one, else 4 warps and 2 stages or the nearest to it.
 
     Trying all of them takes four minutes before the first training step; HYBRID_LINEAR_SEARCH=1 keeps the search, for
     long runs on other cards.
     """
-    global _limited
-    now = (key_width > 128, len(sys.modules))
+    now = (name == "chunk_gla", key_width > 128, len(sys.modules))
     if os.environ.get("HYBRID_LINEAR_SEARCH") == "1" or now == _limited:
         return
-    _limited = now
-    wanted = TUNED | WIDE if key_width > 128 else TUNED
-    for kernel in autotuners():
-        configs = _all_configs.setdefault(id(kernel), kernel.configs)
-        kernel.configs = [nearest(configs, wanted.get(kernel.base_fn.__name__))]
+    if now not in _chosen:
+        _chosen[now] = choices(TUNED | (PER_CHANNEL if now[0] else {}) | (WIDE if now[1] else {}))
+    configure(_chosen[now], now)
+
+
+def choices(wanted: dict[str, tuple[dict, int, int]]) -> list[tuple]:
+    """Every autotuned kernel of fla that is imported, with the one configuration that is ``nearest`` to wanted[name]."""
+    return [
+        (kernel, nearest(_all_configs.setdefault(id(kernel), kernel.configs), wanted.get(kernel.base_fn.__name__)))
+        for kernel in autotuners()
+    ]
+
+
+def configure(chosen: list[tuple], state: tuple | None = None) -> None:
+    """Put ``choices`` in place; the next call of ``chunk`` puts its own, unless they are these (``state``)."""
+    global _limited
+    for kernel, config in chosen:
+        kernel.configs = [config]
+    _limited = state
 
 
 def autotuners() -> Iterator:
@@ -223,7 +249,8 @@ def nearest(configs, wanted):
     return min(configs, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))
 
 
-_limited: tuple[bool, int] | None = None  # wide heads or not, and the modules imported, at the last time
+_limited: tuple | None = None  # what _limit_search decided by at the last time
+_chosen: dict[tuple, list[tuple]] = {}
 _all_configs: dict[int, list] = {}
 
 

@@ -37,9 +37,9 @@ from .triton_kernels import triton
 
 GATES = {None: 0, "silu": 1, "sigmoid": 2}
 FOLLOWS = {"nothing": 0, "silu": 1, "unit": 2}
-TILE = 4096  # elements that a program of 4 warps holds at a time
+TILE = 4096  # elements that a program of 4 warps holds at a time; fewer where it also holds sums or several inputs
 LONGEST_CONV = 4  # taps
-PROGRAMS = 528  # of kernels that sum over rows: four on each multiprocessor of an H100
+PROGRAMS = 1056  # of kernels that sum over rows: eight on each multiprocessor of an H100
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -62,10 +62,10 @@ def is_plain(linear: nn.Module) -> bool:
     )
 
 
-def _tile(width: int) -> tuple[int, int]:
+def _tile(width: int, elements: int = TILE) -> tuple[int, int]:
     """Rows and padded width of a tile that holds whole rows."""
     padded = triton.next_power_of_2(width)
-    return max(1, TILE // padded), padded
+    return max(1, elements // padded), padded
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -160,7 +160,7 @@ class _Norm(torch.autograd.Function):
         shape, (N, D) = dy.shape, x.shape
         dtotal = None if dtotal is None else dtotal.contiguous()
         dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
-        rows, BD = _tile(D)
+        rows, BD = _tile(D, TILE if gate is None and D > 512 else TILE // 4)
         programs = min(PROGRAMS, triton.cdiv(N, rows))
         dweight = torch.empty(programs, D, dtype=torch.float32, device=x.device)
         norm_backward[(programs,)](
@@ -220,11 +220,11 @@ class _Convolution(torch.autograd.Function):
                 D=width, W=W, ACT=FOLLOWS[follows], PACKED=packed, BT=rows, BD=BD,
             )  # fmt: skip
             first += count * width
-        rows, channels, blocks = 8, 128, 32
+        rows, channels, blocks = 8, 64, 32
         grid = (triton.cdiv(C, channels), triton.cdiv(T, rows * blocks), B)
         dtaps = torch.empty(grid[1] * B, W, C, dtype=torch.float32, device=x.device)
         conv_backward[grid](
-            x, du, taps, since, dx, dtaps, T, C, W=W, PACKED=packed, BT=rows, BC=channels, BLOCKS=blocks
+            x, du, taps, since, dx, dtaps, T, C, W=W, PACKED=packed, BT=rows, BC=channels, BLOCKS=blocks, num_warps=2
         )
         return dx, dtaps.sum(0).t().reshape(taps.shape).to(taps.dtype), None, None
 
@@ -275,7 +275,8 @@ class _Forget(torch.autograd.Function):
         D, dparts = dlog.shape[-1], torch.empty_like(parts)
         flat, dflat = _flat(parts), _flat(dparts)
         (z, f), (dz, df) = ((None, p) if ctx.form == 0 else (p[:, :D], p[:, D:]) for p in (flat, dflat))
-        grid, blocks = _grid(len(flat), D)
+        (rows, columns), blocks = _grid(len(flat), D, TILE // 4)
+        grid = (min(rows, max(1, PROGRAMS // columns)), columns)
         sums = (
             torch.empty(2, grid[0], D, dtype=torch.float32, device=parts.device) if floor is not None else (None,) * 2
         )
@@ -288,10 +289,10 @@ class _Forget(torch.autograd.Function):
         return dparts, dfloor, droom, None, None, None
 
 
-def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+def _grid(rows: int, width: int, elements: int = TILE // 2) -> tuple[tuple[int, int], dict[str, int]]:
     """Programs and block sizes of an elementwise kernel over [rows, width]."""
-    BD = min(256, triton.next_power_of_2(width))
-    BN = TILE // BD
+    BD = min(512, triton.next_power_of_2(width))
+    BN = elements // BD
     return (triton.cdiv(rows, BN), triton.cdiv(width, BD)), {"BN": BN, "BD": BD}
 
 

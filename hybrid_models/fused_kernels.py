@@ -59,10 +59,10 @@ def norm_backward(
     D: tl.constexpr, DSUM: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``norm_forward``; x is its sum. Every program takes blocks of rows in turn and keeps its share of
-    the weight's gradient, dweight [programs, D]."""
+    the weight's gradient, dweight [programs, D], adding rows up only at its end."""
     cols = tl.arange(0, BD)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    dweight = tl.zeros((BD,), tl.float32)
+    dweight = tl.zeros((ROWS, BD), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = block * ROWS + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (cols < D)[None, :]
@@ -81,13 +81,13 @@ def norm_backward(
                 dgate = dn * normed * weight * s * (1.0 - s)
                 dn *= s
             tl.store(dgate_ptr + at, dgate, mask=mask)
-        dweight += tl.sum(dn * normed, axis=0)
+        dweight += dn * normed
         dn *= weight
         dx = rstd * (dn - normed * (tl.sum(dn * normed, axis=1) / D)[:, None])
         if DSUM:
             dx += tl.load(dsum_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx, mask=mask)
-    tl.store(dweight_ptr + tl.program_id(0) * D + cols, dweight, mask=cols < D)
+    tl.store(dweight_ptr + tl.program_id(0) * D + cols, tl.sum(dweight, axis=0), mask=cols < D)
 
 
 # --------------------------------------------------------------------------------------------------------- convolution
@@ -249,15 +249,28 @@ def swiglu_backward(gu_ptr, dy_ptr, dgu_ptr, y_ptr, N, D: tl.constexpr, BN: tl.c
 
 @jit
 def _bounded(f, floor_ptr, room_ptr, cols, D, BOUNDED: tl.constexpr):
-    """sigmoid(f), the gate a = floor + room sigmoid(f), 1 - a, and room, each exact where it is small."""
-    s = _sigmoid(f)
-    c = _sigmoid(-f)
+    """sigmoid(f), sigmoid(-f), the gate a = floor + room sigmoid(f), 1 - a, and room, each exact where it is small."""
+    e = tl.exp(-tl.abs(f))
+    large = 1.0 / (1.0 + e)
+    s = tl.where(f > 0, large, e * large)
+    c = tl.where(f > 0, e * large, large)
     room = tl.zeros_like(f) + 1.0
     a = s
     if BOUNDED:
         room *= tl.load(room_ptr + cols, mask=cols < D, other=0.0)[None, :]
-        a = tl.load(floor_ptr + cols, mask=cols < D, other=0.0)[None, :] + room * s
+        a = tl.load(floor_ptr + cols, mask=cols < D, other=1.0)[None, :] + room * s
     return s, c, a, room * c, room
+
+
+@jit
+def _log_of_gate(a, rest):
+    """log a for a = 1 - rest, exact at both ends."""
+    u = 1.0 - rest
+    near = a > 0.5
+    none = u == 1.0
+    log = tl.log(tl.where(near, u, a))
+    correction = rest / tl.where(none, 1.0, 1.0 - u)  # Kahan's, as in _log1p
+    return tl.where(near, tl.where(none, -rest, log * correction), log)
 
 
 @jit
@@ -276,7 +289,7 @@ def forget_forward(
     f = tl.load(f_ptr + rows.to(tl.int64)[:, None] * f_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     s, c, a, rest, room = _bounded(f, floor_ptr, room_ptr, cols, D, BOUNDED)
     if BOUNDED:
-        log_a = tl.where(a > 0.5, _log1p(-rest), tl.log(tl.where(mask, a, 1.0)))
+        log_a = _log_of_gate(a, rest)
     else:
         log_a = tl.minimum(f, 0.0) - _log1p(tl.exp(-tl.abs(f)))
     tl.store(log_ptr + at, log_a * scale, mask=mask)
@@ -297,35 +310,41 @@ def forget_backward(
     N, z_stride, f_stride, scale,
     D: tl.constexpr, FORM: tl.constexpr, BOUNDED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``forget_forward``; those of the bounds [row blocks, D] are sums over a program's rows."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Gradients of ``forget_forward``; those of the bounds [programs, D] are shares, summed over a program's rows."""
     cols = tl.program_id(1) * BD + tl.arange(0, BD)
-    mask = (rows < N)[:, None] & (cols < D)[None, :]
-    at = rows.to(tl.int64)[:, None] * D + cols[None, :]
-    f_at = rows.to(tl.int64)[:, None] * f_stride + cols[None, :]
-    f = tl.load(f_ptr + f_at, mask=mask, other=0.0).to(tl.float32)
-    dlog = tl.load(dlog_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
-    s, c, a, rest, room = _bounded(f, floor_ptr, room_ptr, cols, D, BOUNDED)
-    drest = tl.zeros((BN, BD), tl.float32)
-    if FORM > 0:
-        z_at = rows.to(tl.int64)[:, None] * z_stride + cols[None, :]
-        z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
-        sz = _sigmoid(z)
-        dsilu = tl.load(dfirst_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if FORM == 1:
-            drest = dsilu * z * sz
-            dsilu *= rest
+    dfloor = tl.zeros((BN, BD), tl.float32)
+    droom = tl.zeros((BN, BD), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
+        rows = block * BN + tl.arange(0, BN)
+        mask = (rows < N)[:, None] & (cols < D)[None, :]
+        at = rows.to(tl.int64)[:, None] * D + cols[None, :]
+        f_at = rows.to(tl.int64)[:, None] * f_stride + cols[None, :]
+        f = tl.load(f_ptr + f_at, mask=mask, other=0.0).to(tl.float32)
+        dlog = tl.load(dlog_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
+        s, c, a, rest, room = _bounded(f, floor_ptr, room_ptr, cols, D, BOUNDED)
+        drest = tl.zeros((BN, BD), tl.float32)
+        if FORM > 0:
+            z_at = rows.to(tl.int64)[:, None] * z_stride + cols[None, :]
+            z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
+            sz = _sigmoid(z)
+            dsilu = tl.load(dfirst_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            if FORM == 1:
+                drest = dsilu * z * sz
+                dsilu *= rest
+            else:
+                drest = tl.load(dsecond_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dz_ptr + z_at, dsilu * sz * (1.0 + z * (1.0 - sz)), mask=mask)
+        if BOUNDED:
+            da = dlog / a
+            tl.store(df_ptr + f_at, (da - drest) * room * s * c, mask=mask)
+            dfloor += da
+            droom += da * s + drest * c  # both 0 where there is no token: dlog and drest are
         else:
-            drest = tl.load(dsecond_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dz_ptr + z_at, dsilu * sz * (1.0 + z * (1.0 - sz)), mask=mask)
+            tl.store(df_ptr + f_at, (dlog - drest * s) * c, mask=mask)
     if BOUNDED:
-        da = dlog / tl.where(mask, a, 1.0)
-        tl.store(df_ptr + f_at, (da - drest) * room * s * c, mask=mask)
-        at_block = tl.program_id(0).to(tl.int64) * D + cols
-        tl.store(dfloor_ptr + at_block, tl.sum(da, axis=0), mask=cols < D)
-        tl.store(droom_ptr + at_block, tl.sum(tl.where(mask, da * s + drest * c, 0.0), axis=0), mask=cols < D)
-    else:
-        tl.store(df_ptr + f_at, (dlog - drest * s) * c, mask=mask)
+        share = tl.program_id(0).to(tl.int64) * D + cols
+        tl.store(dfloor_ptr + share, tl.sum(dfloor, axis=0), mask=cols < D)
+        tl.store(droom_ptr + share, tl.sum(droom, axis=0), mask=cols < D)
 
 
 @jit
