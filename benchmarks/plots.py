@@ -1,6 +1,6 @@
-"""Draw the results: what a context costs at each level of attention, and how fast each mixer trains.
+"""Draw the results: what a context costs at each level of attention, how fast each mixer trains, and what it learns.
 
-    python -m benchmarks.plots                  # results/context.json and results/train_step.json to docs/*.svg
+    python -m benchmarks.plots      # results/{context,train_step}.json and the nano suite's runs to docs/*.svg
 
 The pictures hold nothing that the JSON files do not; README shows them.
 """
@@ -17,6 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.common import RESULTS
+from evaluation.plots import STYLES
+from hybrid_models.results import FOLDER, read_all
+from hybrid_models.suite import parse_cell
 
 DOCS = Path(__file__).parent.parent / "docs"
 # From no attention to nothing else, light to dark; the Transformer stands apart.
@@ -105,6 +108,67 @@ def training(result: dict, path: Path) -> None:
     save(figure, path)
 
 
+def nano_runs(size: str) -> dict[tuple[str, str], list[dict]]:
+    """Results of training cells of ``size``: {(mixer or "Transformer", level): [of each seed]}."""
+    runs = {}
+    for _, found in read_all(FOLDER):
+        if found["evaluation"] == "training" and found["model"].startswith(f"{size}-"):
+            cell = parse_cell(found["model"])
+            runs.setdefault((cell.mixer or "Transformer", cell.level), []).append(found)
+    return runs
+
+
+def nano(runs: dict[tuple[str, str], list[dict]], size: str, path: Path) -> None:
+    """Loss while training, held-out loss at the end, and speed, of the cells that were trained."""
+    figure, (curves, ends, speeds) = plt.subplots(
+        1, 3, figsize=(12, 3.8), layout="constrained", width_ratios=(2, 1.4, 1)
+    )
+    order = sorted(runs, key=lambda key: (key[0] == "Transformer", key[0].lower(), key[1] != "pure"))
+    labels, any_shared = [], False
+    for place, key in enumerate(order):
+        mixer, level = key
+        colour, marker = STYLES.get(mixer, ("#000000", "X"))
+        steps, smooth = [], []
+        for one in runs[key]:
+            points = one["details"]["loss_curve"]
+            losses = [loss for _, loss in points]
+            steps = [step for step, _ in points[4:]]
+            smooth.append([sum(losses[i - 4 : i + 1]) / 5 for i in range(4, len(losses))])
+        mean = [sum(values) / len(values) for values in zip(*smooth)]
+        curves.plot(steps, mean, color=colour, lw=1.2, ls="--" if level == "pure" else "-")
+        labels.append(mixer if level == "full" else f"{mixer} {level}")
+        held_out = [metric_of(one, "held-out", "loss_nats") for one in runs[key]]
+        ends.plot([m["value"] for m in held_out], [place] * len(held_out), marker, color=colour, ms=5, ls="none")
+        alone = [m for one in runs[key] if "device" not in (m := metric_of(one, "training", "tokens_per_s"))]
+        share = [metric_of(one, "training", "mfu") for one in runs[key]]
+        if alone:
+            mfu = max(m["value"] for m in share if "device" not in m)
+            [bar] = speeds.barh(place, max(m["value"] for m in alone) / 1e3, color=colour)
+            speeds.bar_label(
+                speeds.containers[-1], labels=[f"{bar.get_width():.0f}k, {mfu:.1%}"], fontsize=7, padding=2
+            )
+        any_shared |= len(alone) < len(runs[key])
+    curves.set_title("training loss, nats a token (pure dashed)")
+    curves.set_xlabel("step")
+    curves.set_ylim(top=5)
+    ends.set_title("held-out loss, every seed")
+    ends.set_yticks(range(len(order)), labels, fontsize=8)
+    speeds.set_title("thousand tokens/s, MFU")
+    speeds.set_yticks(range(len(order)), [])
+    speeds.set_xlim(right=speeds.get_xlim()[1] * 1.45)
+    for axis in (ends, speeds):
+        axis.invert_yaxis()
+    one = next(iter(runs.values()))[0]
+    tokens = one["protocol"]["tokens"] / 1e6
+    note = "; speeds of runs that had the card to themselves" if any_shared else ""
+    figure.suptitle(f"{size}, {tokens:.1f} M tokens of Python source, {one['device']}{note}", fontsize=9)
+    save(figure, path)
+
+
+def metric_of(found: dict, task: str, name: str) -> dict:
+    return next(m for m in found["metrics"] if (m["task"], m["metric"]) == (task, name))
+
+
 def save(figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
@@ -123,6 +187,9 @@ def main() -> None:
                 draw(json.loads(source.read_text()), args.docs / f"{name}.svg")
             else:
                 print(f"{source} is not there yet: python -m benchmarks.{name}")
+        for size in ("nano-7M", "nano-22M"):
+            if runs := nano_runs(size):
+                nano(runs, size, args.docs / f"{size}.svg")
 
 
 if __name__ == "__main__":

@@ -235,6 +235,10 @@ def test_a_measured_speed_is_used_and_none_is_made_up(tmp_path):
     write(one, tmp_path / "results")
     assert measured_speed(cell, **absent) is None, "a CPU's speed says nothing about a GPU"
     one["device"] = "NVIDIA H200"
+    one["metrics"][0]["device"] = "shared"
+    write(one, tmp_path / "results")
+    assert measured_speed(cell, **absent) is None, "nor does that of a GPU that two runs shared"
+    del one["metrics"][0]["device"]
     path = write(one, tmp_path / "results")
     found = make_plan(recipe(cell), 2, **absent)
     assert found.speed == (1e6, "NVIDIA H200", str(path))

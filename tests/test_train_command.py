@@ -34,7 +34,7 @@ from tests.test_data import documents, write_parquet
 from training import train as command
 from training import trainer
 from training.accounting import flops_per_token
-from training.callbacks import Speed, StepLog, first_non_finite, state_statistics
+from training.callbacks import Speed, StepLog, device_is_shared, first_non_finite, state_statistics
 from training.recipes import recipe
 from training.sources import held_out_rows
 from training.trainer import STAGING, HybridTrainer
@@ -474,6 +474,14 @@ def test_speed_counts_steps_and_never_passes_the_peak(monkeypatch):
     speed.start()
     with pytest.raises(RuntimeError, match="MFU is 1.1"):
         speed.stop(11)
+
+
+@pytest.mark.parametrize("others, shared", [(0, False), (1 << 30, False), (5 << 30, True)])
+def test_a_device_that_another_process_uses_is_noticed(others, shared, monkeypatch):
+    own = 7 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((80 << 30) - own - others, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: own)
+    assert device_is_shared() is shared
 
 
 def test_a_log_is_cut_to_the_checkpoint(tmp_path):

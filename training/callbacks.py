@@ -117,6 +117,12 @@ class Speed:
         return {"tokens_per_s": tokens_per_s, **self._mfu(tokens_per_s)}
 
 
+def device_is_shared() -> bool:
+    """Whether another process holds memory of this CUDA device: speeds are then not what the device can do."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved() > 2**31  # this process's own context takes less than 1 GiB
+
+
 @torch.no_grad()
 def state_statistics(model, input_ids: torch.Tensor) -> dict[str, list[float | None]]:
     """Size and rank of every layer's recurrent state after ``input_ids`` [B, T], means over rows and heads.
@@ -156,4 +162,4 @@ def first_non_finite(rows: list[dict]) -> int | None:
     return next(bad, None)
 
 
-__all__ = ["Diverged", "Speed", "StepLog", "first_non_finite", "state_statistics"]
+__all__ = ["Diverged", "Speed", "StepLog", "device_is_shared", "first_non_finite", "state_statistics"]

@@ -44,8 +44,9 @@ def measured(one: Recipe, trainer: HybridTrainer, held_out: torch.Tensor) -> lis
         rows = trainer.step_log.rows()
         tail = [row["loss"] for row in rows[-max(1, len(rows) // 10) :]]
         metrics.append(metric("train", "loss_nats", sum(tail) / len(tail), n=len(tail) * one.batch_tokens))
+        shared = {"device": "shared"} if trainer.shared_device else {}
         for name, value in speed.items():
-            metrics.append(metric("training", name, value, n=len(trainer.speed.intervals), devices=devices))
+            metrics.append(metric("training", name, value, n=len(trainer.speed.intervals), devices=devices, **shared))
         if trainer.speed.first_step_seconds is not None:
             metrics.append(metric("training", "first_step_s", trainer.speed.first_step_seconds))
         metrics.append(metric("training", "peak_bytes", peaks.max().item(), of="device" if on_device else "process"))

@@ -173,13 +173,13 @@ def plan(one: Recipe, gpus: int = 1, **options) -> str:
 def measured_speed(cell: str, results: str | Path = FOLDER, benchmark: str | Path = BENCHMARK) -> Speed | None:
     """Tokens per second and GPU of this cell: from its own training on a GPU, else from the benchmark, else None.
 
-    A run on a CPU says nothing about a GPU's time and is passed over. The benchmark (``benchmarks.train_step``) times
+    A run on a CPU says nothing about a GPU's time and is passed over, and so is one that shared its GPU. The benchmark (``benchmarks.train_step``) times
     forward and backward in bfloat16, without an optimiser's step.
     """
     for path, found in read_all(results) if (Path(results) / cell).is_dir() else ():
         if found["model"] == cell and found["evaluation"] == "training" and peak_flops(found["device"], torch.bfloat16):
             for metric in found["metrics"]:
-                if metric["metric"] == SPEED:
+                if metric["metric"] == SPEED and metric.get("device") != "shared":
                     devices = metric.get("devices", found["protocol"].get("devices", 1))
                     return Speed(metric["value"] / devices, found["device"], str(path))
     if Path(benchmark).exists():

@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from hybrid_models import HybridLinearForCausalLM
 from hybrid_models.checkpoint import flush
 
-from .callbacks import Diverged, Speed, StepLog, first_non_finite, state_statistics
+from .callbacks import Diverged, Speed, StepLog, device_is_shared, first_non_finite, state_statistics
 from .data import Stream, merge_states
 
 STAGING = ".incomplete"
@@ -126,6 +126,7 @@ class HybridTrainer(Trainer):
         self.log_every, self.probe_every, self.probe = log_every, probe_every, probe
         self.recorded: list[tuple] = []  # step, loss, gradient norm, learning rate of steps not logged yet
         self.step_loss: torch.Tensor | float = 0.0  # of the step at hand, over its accumulated batches
+        self.shared_device = False  # whether another process was seen on it
         self.saving = False
 
     # ------------------------------------------------------------------------------------------------ what is trained on
@@ -177,6 +178,7 @@ class HybridTrainer(Trainer):
             for step, loss, norm, rate in zip(steps, *numbers, rates)
         ]
         rows[-1] |= self.speed.stop(len(rows))
+        self.shared_device |= self.args.device.type == "cuda" and device_is_shared()
         self.recorded = []
         bad = first_non_finite(rows)
         if bad is None and self.probe_every and steps[-1] % self.probe_every == 0:
