@@ -7,11 +7,8 @@ gets after the wait. fla's hybrids do not build without flash-attn; where it is 
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +22,12 @@ TABLE = Path(__file__).parent / "results" / "fla_configurations.json"
 
 def fla(cell: str, dtype: torch.dtype = torch.bfloat16, use_cache: bool = False):
     """fla's model of a cell on CUDA, in training mode, with its defaults (fused norms, SwiGLU and cross-entropy)."""
-    if importlib.util.find_spec("flash_attn") is None:
-        sys.modules["flash_attn"] = _sdpa_for_flash_attn()
     import fla.models  # noqa: F401  (registers fla's configurations)
+    from fla.layers import attn
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if attn.flash_attn_func is None:
+        attn.flash_attn_func, attn.flash_attn_varlen_func = _attend, _attend_rows
     fields = config_to_fla(cell_config(cell))
     kind = fields.pop("model_type")
     config = AutoConfig.for_model(kind, **(fields | {"attn_mode": "chunk", "use_cache": use_cache}))
@@ -51,21 +49,16 @@ def llama(cell: str, dtype: torch.dtype = torch.bfloat16, use_cache: bool = Fals
     return model.to(dtype).train()
 
 
-def _sdpa_for_flash_attn() -> ModuleType:
-    """A module with the two functions of flash_attn that fla calls, for causal attention without padding."""
+def _attend(q, k, v, **_):
+    """flash_attn_func without padding: q [B, T, H, D] of one query, or as many as keys; causal."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True).transpose(1, 2)
 
-    def attend(q, k, v, **_):  # [B, T, H, D]; one query, or as many as keys
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        causal = q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
-    def attend_rows(q, k, v, cu_seqlens_q, **_):
-        rows = len(cu_seqlens_q) - 1
-        return attend(*(x.unflatten(0, (rows, -1)) for x in (q, k, v))).flatten(0, 1)
-
-    module = ModuleType("flash_attn")
-    module.flash_attn_func, module.flash_attn_varlen_func = attend, attend_rows
-    return module
+def _attend_rows(q, k, v, cu_seqlens_q, **_):
+    """flash_attn_varlen_func for rows of one length."""
+    rows = len(cu_seqlens_q) - 1
+    return _attend(*(x.unflatten(0, (rows, -1)) for x in (q, k, v))).flatten(0, 1)
 
 
 def found() -> dict[str, list[dict]]:
