@@ -12,7 +12,8 @@ import itertools
 
 import torch
 
-from hybrid_models.triton_kernels import delta_step, linear_rows
+from hybrid_models.triton_kernels import linear_rows
+from hybrid_models.triton_steps import delta_step
 
 
 def graph_microseconds(launch, copies: int, repeats: int = 5) -> float:
@@ -70,7 +71,7 @@ def tune_linear(name, rows, K, sizes, options, activations) -> None:
     y = torch.zeros(rows, sizes[0] if options.get("swiglu") else sum(sizes), device="cuda", dtype=out)
     found = []
     if rows <= 4:
-        grid = itertools.product((2, 4, 8), (1024, 2048, 4096), (4, 8), (1,))
+        grid = itertools.product((1, 2, 4), (1024, 2048, 4096, 8192), (4, 8), (1,))
     else:
         grid = itertools.product((16, 32, 64), (128, 256), (4,), (3, 4))
     for BN, BK, warps, stages in grid:
@@ -93,7 +94,7 @@ def tune_linear(name, rows, K, sizes, options, activations) -> None:
 
 
 def tune_delta(rows, d) -> None:
-    import hybrid_models.triton_kernels as kernels
+    import hybrid_models.triton_steps as kernels
 
     heads, copies = d // 256, 20
     states = [torch.randn(rows, heads, 256, 256, device="cuda") for _ in range(copies)]

@@ -21,7 +21,8 @@ from torch import nn
 
 from .mixers import Gla, Hgrn, Hgrn2, HybridLinearRMSNorm, LinearAttention, RetNet, ShortConvolution, gate_bounds
 from .triton_attention import attend
-from .triton_kernels import FEW_ROWS, delta_step, gated_step, linear_rows, triton, vector_step
+from .triton_kernels import FEW_ROWS, linear_rows, triton
+from .triton_steps import delta_step, gated_step, vector_step
 
 MAX_STEPS = 2  # shapes (batch, length) whose buffers and graph are kept, the least recently used goes first
 MAX_EOS = 8  # end-of-sequence ids that greedy search on the device knows

@@ -7,7 +7,7 @@ graph serves every length.
 
 from __future__ import annotations
 
-from .triton_kernels import jit, triton
+from .triton_kernels import _let_next_begin, _wait_for_inputs, early, jit, triton
 
 try:
     import triton.language as tl
@@ -19,9 +19,11 @@ except ImportError:  # see triton_kernels
 def _attend_kernel(
     y_ptr, key_ptr, value_ptr, valid_ptr, length_ptr, position_ptr, freq_ptr, partial_ptr, y_stride, max_len, scale,
     rope_scale, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr,
-    BT: tl.constexpr,
+    BT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head's attention over one share of the keys; the share with the newest column also stores it."""
+    _let_next_begin(EARLY)
+    _wait_for_inputs(EARLY)
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     split = tl.program_id(1)
     group = head // (H // HK)
@@ -85,8 +87,11 @@ def _attend_kernel(
 
 @jit
 def _merge_splits_kernel(
-    partial_ptr, o_ptr, o_stride, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr
-):
+    partial_ptr, o_ptr, o_stride, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    _let_next_begin(EARLY)
+    _wait_for_inputs(EARLY)
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BD)
     at = partial_ptr + (tl.program_id(0) * SPLITS + splits) * (D + 2)
@@ -112,9 +117,9 @@ def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_h
     BD = triton.next_power_of_2(D)
     _attend_kernel[(B * num_heads, splits)](
         y, keys, values, valid, length, position, inv_freq, partial, y.stride(0), max_len, D**-0.5, rope_scale,
-        num_heads, HK, D, splits, BD, max(16, 4096 // BD), num_warps=4,
+        num_heads, HK, D, splits, BD, max(16, 4096 // BD), num_warps=4, **early(y),
     )  # fmt: skip
-    _merge_splits_kernel[(B * num_heads,)](partial, o, o.stride(0), num_heads, D, splits, BD, num_warps=2)
+    _merge_splits_kernel[(B * num_heads,)](partial, o, o.stride(0), num_heads, D, splits, BD, num_warps=2, **early(y))
 
 
 __all__ = ["attend"]

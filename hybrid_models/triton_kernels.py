@@ -1,16 +1,20 @@
-"""Triton kernels of the decode step: one token for a whole batch, in five launches a layer.
+"""Triton kernels of the decode step: projections of one token for a whole batch, and what all decode kernels share.
 
 At decode time a model reads each weight once and computes almost nothing, so what counts is bytes and launches. A layer
-is: ``linear_rows`` (norm and all projections of one input, with the short convolution), the mixer's step (gates, state,
-output), ``linear_rows`` again (output norm, gate, projection, residual), and twice more for the MLP. Attention layers
-have ``triton_attention`` in place of the step.
+is five launches: ``linear_rows`` (norm and all projections of one input, with the short convolution), the mixer's step
+(``triton_steps``: gates, state, output) or attention (``triton_attention``), ``linear_rows`` again (output norm, gate,
+projection, residual), and twice more for the MLP.
+
+From Hopper on a kernel begins while the one before it ends (programmatic dependent launch): it loads what no kernel of
+this token writes, weights and states, and then waits for its inputs. That is sound because each kernel waits before it
+writes anything, and because the token's first one, torch's, begins after all of the token before.
 
 Arithmetic is float32 whatever the storage, the state is float32, and every formula is the one in ``mixers`` and
 ``recurrence``, against which the tests compare each kernel in Triton's interpreter on the CPU:
 
     TRITON_INTERPRET=1 python -m pytest tests/test_triton_kernels.py
 
-Sizes in kernels: B rows, K contraction, N outputs; in steps K and V are key and value width of a head.
+Sizes in kernels: B rows, K contraction, N outputs.
 """
 
 from __future__ import annotations
@@ -34,6 +38,19 @@ FEW_ROWS = 4  # up to here rows are multiplied one by one, beyond on tensor core
 @jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@jit
+def _let_next_begin(EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _wait_for_inputs(EARLY: tl.constexpr):
+    """What the kernels before have written may be read from here on, and their inputs overwritten."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
 
 
 @jit
@@ -68,7 +85,10 @@ def _input_block(x_ptr, norm_ptr, gate_ptr, rows, offs_k, x_stride, gate_stride,
 def _prepare_rows_kernel(
     x_ptr, norm_ptr, gate_ptr, out_ptr, x_stride, gate_stride, out_stride, eps,
     K: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, HEAD: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    _let_next_begin(EARLY)
+    _wait_for_inputs(EARLY)
     rows, offs_k = tl.program_id(0) + tl.arange(0, 1), tl.arange(0, BK)
     mask = (rows[:, None] >= 0) & (offs_k < K)[None, :]
     x, squares = _input_block(x_ptr, norm_ptr, gate_ptr, rows, offs_k, x_stride, gate_stride, mask, K, eps,
@@ -85,8 +105,9 @@ def _linear_rows_kernel(
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
     N5: tl.constexpr, CONV_CHANNELS: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     HEAD: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
-    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _let_next_begin(EARLY)
     pid = tl.program_id(0)
     rows = tl.program_id(1) * BB + tl.arange(0, BB)
     # Which of up to six weights this program serves; columns of y follow each other in their order.
@@ -113,26 +134,39 @@ def _linear_rows_kernel(
     acc = tl.zeros((BB, BN), tl.float32)
     up = tl.zeros((BB, BN), tl.float32)
     squares = tl.zeros((BB,), tl.float32)
-    for k in range(0, K, BK):
-        offs_k = k + tl.arange(0, BK)
-        in_k = offs_k < K
-        x, sq = _input_block(x_ptr, norm_ptr, gate_ptr, rows, offs_k, x_stride, gate_stride,
-                             in_rows[:, None] & in_k[None, :], K, eps, NORM, GATE, HEAD)  # fmt: skip
-        squares += sq
-        offsets = offs_n[:, None] * K + offs_k[None, :]
-        inside = in_width[:, None] & in_k[None, :]
-        tile = tl.load(w + offsets, mask=inside, other=0.0)
-        if DOT:
+    if DOT:
+        _wait_for_inputs(EARLY)
+        for k in range(0, K, BK):
+            offs_k = k + tl.arange(0, BK)
+            in_k = offs_k < K
+            x, sq = _input_block(x_ptr, norm_ptr, gate_ptr, rows, offs_k, x_stride, gate_stride,
+                                 in_rows[:, None] & in_k[None, :], K, eps, NORM, GATE, HEAD)  # fmt: skip
+            squares += sq
+            tile = _weight_block(w, offs_n, offs_k, in_width, K)
             x = x.to(tile.dtype)
             acc += tl.dot(x, tl.trans(tile), input_precision="ieee")
             if SWIGLU:
-                acc_tile = tl.load(w1 + offsets, mask=inside, other=0.0)
-                up += tl.dot(x, tl.trans(acc_tile), input_precision="ieee")
-        else:
-            acc += tl.sum(x[:, None, :] * tile.to(tl.float32)[None, :, :], axis=2)
+                up += tl.dot(x, tl.trans(_weight_block(w1, offs_n, offs_k, in_width, K)), input_precision="ieee")
+    else:
+        # The next block's weights are under way while this one's are multiplied, the first one's while inputs are made.
+        tile = _weight_block(w, offs_n, tl.arange(0, BK), in_width, K)
+        if SWIGLU:
+            up_tile = _weight_block(w1, offs_n, tl.arange(0, BK), in_width, K)
+        _wait_for_inputs(EARLY)
+        for k in tl.static_range(0, K, BK):
+            offs_k = k + tl.arange(0, BK)
+            x, sq = _input_block(x_ptr, norm_ptr, gate_ptr, rows, offs_k, x_stride, gate_stride,
+                                 in_rows[:, None] & (offs_k < K)[None, :], K, eps, NORM, GATE, HEAD)  # fmt: skip
+            squares += sq
+            now = tile
+            if k + BK < K:
+                tile = _weight_block(w, offs_n, offs_k + BK, in_width, K)
+            acc += tl.sum(x[:, None, :] * now.to(tl.float32)[None, :, :], axis=2)
             if SWIGLU:
-                up_tile = tl.load(w1 + offsets, mask=inside, other=0.0).to(tl.float32)
-                up += tl.sum(x[:, None, :] * up_tile[None, :, :], axis=2)
+                up_now = up_tile
+                if k + BK < K:
+                    up_tile = _weight_block(w1, offs_n, offs_k + BK, in_width, K)
+                up += tl.sum(x[:, None, :] * up_now.to(tl.float32)[None, :, :], axis=2)
     if NORM == 1:
         rstd = 1.0 / tl.sqrt(squares / K + eps)
         acc = acc * rstd[:, None]
@@ -149,6 +183,12 @@ def _linear_rows_kernel(
             tl.float32
         )
     tl.store(y_ptr + rows[:, None] * y_stride + columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _weight_block(w, offs_n, offs_k, in_width, K):
+    """[BN, BK] of a weight [N, K]."""
+    return tl.load(w + offs_n[:, None] * K + offs_k[None, :], mask=in_width[:, None] & (offs_k < K)[None, :], other=0.0)
 
 
 @jit
@@ -171,114 +211,6 @@ def _convolve(x, window_ptr, taps_ptr, rows, channels, inside, C: tl.constexpr, 
             tl.store(at + (tap - 1) * C, past, mask=inside)
     tl.store(at + (TAPS - 2) * C, x, mask=inside)
     return y
-
-
-@jit
-def _gated_step_kernel(
-    y_ptr, state_ptr, o_ptr, a_ptr, c_ptr, position_ptr, y_stride, o_stride, scale,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_AT: tl.constexpr, K_AT: tl.constexpr,
-    V_AT: tl.constexpr, LOW_AT: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr,
-    BOUNDED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """RetNet (KIND 0: a = inverse frequencies), GLA (1: a = gate weight, c = its bias), HGRN2 (2: a, c = bound, 1 - bound)."""
-    row, head = tl.program_id(0) // H, tl.program_id(0) % H
-    group = head // (H // HK)
-    keys = tl.arange(0, BK)
-    values = tl.program_id(1) * BV + tl.arange(0, BV)
-    in_k, in_v = keys < K, values < V
-    y = y_ptr + row * y_stride
-    q = tl.load(y + Q_AT + head * K + keys, mask=in_k, other=0.0)
-    k = tl.load(y + K_AT + group * K + keys, mask=in_k, other=0.0)
-    v = tl.load(y + V_AT + group * V + values, mask=in_v, other=0.0)
-    if KIND == 0:
-        half: tl.constexpr = K // 2
-        position = tl.load(position_ptr + row).to(tl.float32)
-        angle = position * tl.load(a_ptr + keys % half, mask=in_k, other=0.0)
-        other = tl.where(keys < half, keys + half, keys - half)
-        sign = tl.where(keys < half, -1.0, 1.0)
-        q = q * tl.cos(angle) + sign * tl.load(y + Q_AT + head * K + other, mask=in_k, other=0.0) * tl.sin(angle)
-        k = k * tl.cos(angle) + sign * tl.load(y + K_AT + group * K + other, mask=in_k, other=0.0) * tl.sin(angle)
-        decay = tl.zeros((BK,), tl.float32) + (1.0 - tl.exp2(-5.0 - head.to(tl.float32)))
-    elif KIND == 1:
-        if SILU:
-            q, k, v = q * _sigmoid(q), k * _sigmoid(k), v * _sigmoid(v)
-        ranks = tl.arange(0, RANK)
-        low = tl.load(y + LOW_AT + ranks)
-        weight = tl.load(a_ptr + (group * K + keys)[:, None] * RANK + ranks[None, :], mask=in_k[:, None], other=0.0)
-        gate = tl.sum(weight.to(tl.float32) * low[None, :], axis=1)
-        gate += tl.load(c_ptr + group * K + keys, mask=in_k, other=0.0).to(tl.float32)
-        decay = tl.exp(-_softplus(-gate) / 16.0)
-    else:
-        q = q * _sigmoid(q)
-        f = _sigmoid(k)
-        k = _sigmoid(-k)
-        decay = f
-        if BOUNDED:
-            rest = tl.load(c_ptr + head * K + keys, mask=in_k, other=0.0)
-            decay = tl.load(a_ptr + head * K + keys, mask=in_k, other=0.0) + rest * f
-            k = rest * k
-    at = state_ptr + tl.program_id(0) * (K * V) + keys[:, None] * V + values[None, :]
-    inside = in_k[:, None] & in_v[None, :]
-    state = tl.load(at, mask=inside, other=0.0) * decay[:, None] + tl.where(in_k, k, 0.0)[:, None] * v[None, :]
-    tl.store(at, state, mask=inside)
-    o = tl.sum(state * (tl.where(in_k, q, 0.0) * scale)[:, None], axis=0)
-    tl.store(o_ptr + row * o_stride + head * V + values, o, mask=in_v)
-
-
-@jit
-def _delta_step_kernel(
-    y_ptr, state_ptr, o_ptr, a_log_ptr, dt_bias_ptr, y_stride, o_stride, scale, max_beta,
-    HV: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_AT: tl.constexpr, K_AT: tl.constexpr,
-    V_AT: tl.constexpr, B_AT: tl.constexpr, A_AT: tl.constexpr, GATED: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """DeltaNet, and GatedDeltaNet with its decay."""
-    row, head = tl.program_id(0) // HV, tl.program_id(0) % HV
-    group = head // (HV // HK)
-    keys = tl.arange(0, BK)
-    values = tl.program_id(1) * BV + tl.arange(0, BV)
-    in_k, in_v = keys < K, values < V
-    y = y_ptr + row * y_stride
-    q = tl.load(y + Q_AT + group * K + keys, mask=in_k, other=0.0)
-    k = tl.load(y + K_AT + group * K + keys, mask=in_k, other=0.0)
-    v = tl.load(y + V_AT + head * V + values, mask=in_v, other=0.0)
-    q, k, v = q * _sigmoid(q), k * _sigmoid(k), v * _sigmoid(v)
-    q = q / tl.sqrt(tl.sum(q * q, axis=0) + 1e-6) * scale
-    k = k / tl.sqrt(tl.sum(k * k, axis=0) + 1e-6)
-    beta = _sigmoid(tl.load(y + B_AT + head)) * max_beta
-    at = state_ptr + tl.program_id(0) * (K * V) + keys[:, None] * V + values[None, :]
-    inside = in_k[:, None] & in_v[None, :]
-    state = tl.load(at, mask=inside, other=0.0)
-    if GATED:
-        rate = tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
-        dt = _softplus(tl.load(y + A_AT + head) + tl.load(dt_bias_ptr + head).to(tl.float32))
-        state = state * tl.exp(-rate * dt)
-    write = beta * (v - tl.sum(state * k[:, None], axis=0))
-    state += k[:, None] * write[None, :]
-    tl.store(at, state, mask=inside)
-    tl.store(o_ptr + row * o_stride + head * V + values, tl.sum(state * q[:, None], axis=0), mask=in_v)
-
-
-@jit
-def _vector_step_kernel(
-    y_ptr, state_ptr, o_ptr, bound_ptr, rest_ptr, y_stride, o_stride,
-    D: tl.constexpr, BOUNDED: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """HGRN: input gate at column 0, forget gate at column D."""
-    row = tl.program_id(0)
-    channels = tl.program_id(1) * BD + tl.arange(0, BD)
-    inside = channels < D
-    i = tl.load(y_ptr + row * y_stride + channels, mask=inside, other=0.0)
-    f = tl.load(y_ptr + row * y_stride + D + channels, mask=inside, other=0.0)
-    decay, write = _sigmoid(f), _sigmoid(-f)
-    if BOUNDED:
-        rest = tl.load(rest_ptr + channels, mask=inside, other=0.0)
-        decay = tl.load(bound_ptr + channels, mask=inside, other=0.0) + rest * decay
-        write = rest * write
-    state = tl.load(state_ptr + row * D + channels, mask=inside, other=0.0)
-    state = decay * state + i * _sigmoid(i) * write
-    tl.store(state_ptr + row * D + channels, state, mask=inside)
-    tl.store(o_ptr + row * o_stride + channels, state, mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -330,7 +262,18 @@ def linear_rows(
         # With many rows a tensor core's operand must be ready in memory: worked out once, not in every program.
         prepared = torch.empty(B, K, dtype=weights[0].dtype, device=x.device)
         _prepare_rows_kernel[(B,)](
-            x, norm, gate, prepared, x.stride(0), gate_stride, K, eps, K, **options, BK=triton.next_power_of_2(K)
+            x,
+            norm,
+            gate,
+            prepared,
+            x.stride(0),
+            gate_stride,
+            K,
+            eps,
+            K,
+            **options,
+            BK=triton.next_power_of_2(K),
+            **early(x),
         )
         x, options = prepared, dict(NORM=0, GATE=0, HEAD=1)
     BB = max(16, min(64, triton.next_power_of_2(B))) if dot else triton.next_power_of_2(B)
@@ -344,8 +287,15 @@ def linear_rows(
         K, *sizes,
         CONV_CHANNELS=0 if taps is None else taps.shape[0], TAPS=2 if taps is None else taps.shape[2],
         **options, SWIGLU=swiglu, RESIDUAL=residual, DOT=dot, BB=BB, BN=BN, BK=BK,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **early(x),
     )  # fmt: skip
+
+
+def early(x: torch.Tensor) -> dict[str, bool]:
+    """Launch options: whether the kernel begins before the one before it has ended (see the module's docstring)."""
+    if not x.is_cuda or not hasattr(tl.extra.cuda, "gdc_wait") or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def linear_config(rows: int, K: int, N: int, itemsize: int) -> tuple[int, int, int, int]:
@@ -361,50 +311,4 @@ def linear_config(rows: int, K: int, N: int, itemsize: int) -> tuple[int, int, i
     return 2, min(triton.next_power_of_2(K), 2048), 4, 1
 
 
-def _value_block(programs: int, V: int) -> int:
-    """State columns per program, for ``programs`` states of V columns: wide ones stream better, narrow ones fill the card."""
-    wide = 64 if programs * V // 64 >= 256 else 16
-    return min(triton.next_power_of_2(V), wide)
-
-
-def gated_step(y, state, o, kind, dims, columns, a=None, c=None, position=None, silu=False, bounded=True):
-    """RetNet, GLA or HGRN2: one token.
-
-    Args:
-        y: [B, *] float32, projections (convolved); ``columns``: where q, k, v (and GLA's low-rank gate) begin in it.
-        state: [B, H, K, V] float32, updated in place; o: [B, H * V] float32, written.
-        kind: "retnet" (a: inverse frequencies [K / 2], position [B]), "gla" (a: gate weight [heads * K, 16], c: bias),
-            "hgrn2" (a, c: bound and 1 - bound [H * K], both ignored unless ``bounded``).
-    """
-    B, H, K, V = state.shape
-    BV = _value_block(B * H, V)
-    _gated_step_kernel[(B * H, triton.cdiv(V, BV))](
-        y, state, o, y if a is None else a, y if c is None else c, y if position is None else position,
-        y.stride(0), o.stride(0), K**-0.5,
-        H, dims.num_key_heads, K, V, *columns[:3], columns[3] if len(columns) > 3 else 0, 16,
-        ("retnet", "gla", "hgrn2").index(kind), silu, bounded, triton.next_power_of_2(K), BV, num_warps=4,
-    )  # fmt: skip
-
-
-def delta_step(y, state, o, num_key_heads, columns, max_beta=1.0, a_log=None, dt_bias=None):
-    """DeltaNet or (with a_log) GatedDeltaNet: one token. ``columns``: where q, k, v, b (and a) begin in y [B, *]."""
-    B, H, K, V = state.shape
-    BV = _value_block(B * H, V)
-    _delta_step_kernel[(B * H, triton.cdiv(V, BV))](
-        y, state, o, y if a_log is None else a_log, y if dt_bias is None else dt_bias, y.stride(0), o.stride(0),
-        K**-0.5, max_beta,
-        H, num_key_heads, K, V, *columns[:4], columns[4] if a_log is not None else 0, a_log is not None,
-        triton.next_power_of_2(K), BV, num_warps=4,
-    )  # fmt: skip
-
-
-def vector_step(y, state, o, bound=None, rest=None):
-    """HGRN: one token. y [B, >= 2 D] float32 holds the input gate, then the forget gate; state [B, D] float32."""
-    B, D = state.shape
-    _vector_step_kernel[(B, triton.cdiv(D, 256))](
-        y, state, o, y if bound is None else bound, y if rest is None else rest, y.stride(0), o.stride(0),
-        D, bound is not None, 256, num_warps=2,
-    )  # fmt: skip
-
-
-__all__ = ["FEW_ROWS", "delta_step", "gated_step", "jit", "linear_rows", "triton", "vector_step"]
+__all__ = ["FEW_ROWS", "early", "jit", "linear_rows", "triton"]
