@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import nn
 
-from .mixers import Gla, Hgrn, Hgrn2, HybridLinearRMSNorm, LinearAttention, RetNet, ShortConvolution, gate_bounds
-from .triton_attention import attend
+from .decode_layers import AttentionLayer, LinearLayer
+from .mixers import HybridLinearRMSNorm, ShortConvolution
 from .triton_kernels import FEW_ROWS, linear_rows, triton
-from .triton_steps import delta_step, gated_step, vector_step
 
 MAX_STEPS = 2  # shapes (batch, length) whose buffers and graph are kept, the least recently used goes first
-MAX_EOS = 8  # end-of-sequence ids that greedy search on the device knows
+MAX_GRAPHS = 4  # of a step: logits for the library's loop, greedy search, and each way of sampling
+MAX_EOS = 8  # end-of-sequence ids that decoding on the device knows
 STEPS_BETWEEN_CHECKS = 16
 _PLAIN = (nn.Linear, nn.Embedding, HybridLinearRMSNorm, ShortConvolution)
-SPLITS = 16  # shares of the keys per head; a power of two
 
 
 class DecodeStep:
@@ -52,15 +52,15 @@ class DecodeStep:
         self.h, self.logits = zeros(batch, config.hidden_size, dtype=dtype), zeros(batch, weight.shape[0], dtype=dtype)
         self.act = zeros(batch, config.intermediate_size, dtype=dtype if batch > FEW_ROWS else torch.float32)
         self.layers = [
-            (_LinearLayer if hasattr(layer, "linear_attn") else _AttentionLayer)(model.model, i, batch, max_len, zeros)
+            (LinearLayer if hasattr(layer, "linear_attn") else AttentionLayer)(model.model, i, batch, max_len, zeros)
             for i, layer in enumerate(model.model.layers)
         ]
         self.y = zeros(batch, max(layer.width for layer in self.layers))
         self.o = zeros(batch, max(layer.out_width for layer in self.layers))
-        self.graphs: dict = {}  # function: its graph, or None after the first, eager run
-        # For greedy search that stays on the device: the tokens, how many, who has finished, and what ends a row.
+        self.graphs: OrderedDict = OrderedDict()  # by what they do; None after the first, eager run
+        # For decoding that stays on the device: the tokens, how many, who has finished, and what ends a row.
         self.tokens, self.produced = zeros(batch, max_len, dtype=torch.long), zeros(1, dtype=torch.long)
-        self.finished = zeros(batch, dtype=torch.bool)
+        self.finished, self.sound = zeros(batch, dtype=torch.bool), zeros((), dtype=torch.bool)
         self.eos, self.pad = zeros(MAX_EOS, dtype=torch.long), zeros((), dtype=torch.long)
         self.pointers = _pointers(model)
 
@@ -95,56 +95,95 @@ class DecodeStep:
         """Logits [batch, vocab] after one more token per row; valid until the next call."""
         self.ids.copy_(ids)
         self.positions.copy_(positions)
-        self._replay(self.run)
+        self._replay("logits", self.run)
         return self.logits
 
-    def run_greedy(self) -> None:
-        """One token of greedy search: the model on ``ids``, and the best next ones into ``ids`` and ``tokens``."""
+    def run_token(self, probabilities: Callable | None) -> None:
+        """One token without a word from the host: the model on ``ids``, and what it chooses into ``ids`` and ``tokens``."""
         self.run()
-        best = torch.where(self.finished, self.pad, self.logits.float().argmax(-1))
-        self.tokens.index_copy_(1, self.produced, best[:, None])
-        self.finished.logical_or_((best[:, None] == self.eos).any(1))
-        self.ids.copy_(best)
+        chosen = torch.where(self.finished, self.pad, self.choose(self.logits.float(), probabilities))
+        self.tokens.index_copy_(1, self.produced, chosen[:, None])
+        self.finished.logical_or_((chosen[:, None] == self.eos).any(1))
+        self.ids.copy_(chosen)
         self.positions.add_(1)
         self.produced.add_(1)
 
-    def greedy(
-        self, first: torch.Tensor, positions: torch.Tensor, limit: int, eos: torch.Tensor | None, pad
+    def choose(self, scores: torch.Tensor, probabilities: Callable | None) -> torch.Tensor:
+        """The best token of each row of scores [batch, vocab], or one drawn with ``probabilities(scores)``.
+
+        A draw is torch.multinomial's, of the same random numbers, without its wait for the device to look for NaN.
+        """
+        if probabilities is None:
+            return scores.argmax(-1)
+        p = probabilities(scores)
+        self.sound.logical_and_(p.isfinite().all())
+        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+    def decode(
+        self,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        limit: int,
+        eos: torch.Tensor | None,
+        pad,
+        probabilities: Callable | None = None,
     ) -> torch.Tensor:
-        """Tokens [batch, n], n <= limit, of greedy search that begins with ``first`` [batch].
+        """Tokens [batch, n], n <= limit, of greedy search or sampling.
 
         Args:
-            positions: [batch] rotary positions of ``first``.
+            scores: [batch, vocab] float32, the logits after the prompt.
+            positions: [batch] rotary positions of the first token.
             eos: token ids that end a row, or None; pad: what a finished row goes on with.
+            probabilities: for sampling, from scores to probabilities; ``key`` tells one such function from another.
+
+        Raises:
+            RuntimeError: a probability is not a number.
         """
-        self.ids.copy_(first)
         self.positions.copy_(positions)
         self.eos.fill_(-1)
         if eos is not None:
             self.eos[: len(eos)] = eos
             self.pad.copy_(pad)
+        self.sound.fill_(True)
+        first = self.choose(scores, probabilities)
+        self.ids.copy_(first)
         self.tokens[:, 0] = first
         self.produced.fill_(1)
         self.finished.copy_((first[:, None] == self.eos).any(1))
-        done = 1
+        generator = self._generator()
+        before = [None]  # the generator's state before each token was drawn
+        done, key = 1, "greedy" if probabilities is None else probabilities.key
         while done < limit and not (eos is not None and bool(self.finished.all())):
             # Asking the device whether all rows have finished waits for it; so only once in a while.
             block = min(STEPS_BETWEEN_CHECKS, limit - done)
             for _ in range(block):
-                self._replay(self.run_greedy)
+                before.append(None if probabilities is None else generator.get_state())
+                self._replay(key, lambda: self.run_token(probabilities))
             done += block
         tokens = self.tokens[:, :done].clone()
-        if eos is None:
-            return tokens
-        ended = (tokens[:, :, None] == self.eos).any(2).int().cummax(1).values.bool().all(0)
-        return tokens[:, : int(ended.int().argmax()) + 1] if bool(ended.any()) else tokens
+        if eos is not None:
+            ended = (tokens[:, :, None] == self.eos).any(2).int().cummax(1).values.bool().all(0)
+            tokens = tokens[:, : int(ended.int().argmax()) + 1] if bool(ended.any()) else tokens
+        if probabilities is not None:
+            if not bool(self.sound):
+                raise RuntimeError("Sampling met a probability that is not a number: the logits are inf or NaN.")
+            if tokens.shape[1] < done:  # as if what came after the end had not been drawn
+                generator.set_state(before[tokens.shape[1]])
+        return tokens
 
-    def _replay(self, function) -> None:
-        key = function.__name__
+    def _generator(self) -> torch.Generator:
+        device = self.ids.device
+        return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+    def _replay(self, key, function) -> None:
+        """Run ``function``, from its second call on as the graph kept under ``key``."""
         if not self.ids.is_cuda or key not in self.graphs:
             function()  # the first time compiles kernels, which must not happen during a capture
+            while len(self.graphs) >= MAX_GRAPHS:
+                self.graphs.popitem(last=False)
             self.graphs[key] = None
             return
+        self.graphs.move_to_end(key)
         if self.graphs[key] is None:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
@@ -152,135 +191,6 @@ class DecodeStep:
                 function()
             self.graphs[key] = graph
         self.graphs[key].replay()
-
-
-class _LinearLayer:
-    """A recurrent layer: projections and convolution, the law, output."""
-
-    def __init__(self, base, index, batch, max_len, zeros):
-        mixer: LinearAttention = base.layers[index].linear_attn
-        self.mixer, dims = mixer, mixer.dims
-        self.index, self.base = index, base
-        vector = isinstance(mixer, Hgrn)
-        self.state = zeros(
-            batch, *((mixer.value_width,) if vector else (dims.num_heads, mixer.key_width, mixer.value_width))
-        )
-        self.window = None
-        if mixer.conv1d is not None:
-            conv = mixer.conv1d
-            dtype = base.embed_tokens.weight.dtype
-            self.window = zeros(batch, conv.kernel_size[0] - 1, conv.in_channels, dtype=dtype)
-        names = list(mixer.mixed)
-        names += [name for name in ("b_proj", "a_proj", "g_proj") if getattr(mixer, name, None) is not None]
-        projections = [getattr(mixer, name) for name in names]
-        if isinstance(mixer, Gla):
-            names.insert(3, "low")
-            projections.insert(3, mixer.gk_proj[0])
-        self.weights = [projection.weight for projection in projections]
-        starts, self.width = {}, 0
-        for name, weight in zip(names, self.weights, strict=True):
-            starts[name], self.width = self.width, self.width + weight.shape[0]
-        self.starts = starts
-        self.out_width = dims.num_heads * mixer.value_width
-        self.bounds = None
-        if isinstance(mixer, (Hgrn, Hgrn2)) and base.lower_bounds is not None and index > 0:
-            self.bounds = [zeros(base.lower_bounds.shape[1]) for _ in range(2)]
-
-    def load(self, held):
-        self.state.copy_(held.recurrent_states[0])
-        if self.window is not None:
-            self.window.copy_(held.conv_states[0])
-        if self.bounds is not None:
-            for mine, now in zip(self.bounds, gate_bounds(self.base.lower_bounds, self.index), strict=True):
-                mine.copy_(now)
-
-    def store(self, held, length, tokens):
-        held.recurrent_states[0] = self.state.clone()
-        if self.window is not None:
-            held.conv_states[0] = self.window.clone()
-        if held.counts_tokens:
-            held.seen_tokens += tokens
-
-    def run(self, step, block):
-        mixer, at = self.mixer, self.starts
-        norm = block.input_layernorm
-        taps = None if mixer.conv1d is None else mixer.conv1d.weight
-        linear_rows(step.h, self.weights, step.y, norm=norm.weight, eps=norm.eps, window=self.window, taps=taps)
-        bound, rest = self.bounds or (None, None)
-        if isinstance(mixer, Hgrn):
-            vector_step(step.y, self.state, step.o, bound, rest)
-        elif isinstance(mixer, Hgrn2):
-            columns = (at["q_proj"], at["f_proj"], at["i_proj"])
-            gated_step(step.y, self.state, step.o, "hgrn2", mixer.dims, columns, bound, rest, bounded=bound is not None)
-        elif isinstance(mixer, RetNet):
-            columns = (at["q_proj"], at["k_proj"], at["v_proj"])
-            rotary = self.base.rotary_embs[self.base.rotary_index[self.index]]
-            gated_step(
-                step.y, self.state, step.o, "retnet", mixer.dims, columns, rotary.inv_freq, position=step.positions
-            )
-        elif isinstance(mixer, Gla):
-            columns = (at["q_proj"], at["k_proj"], at["v_proj"], at["low"])
-            up = mixer.gk_proj[1]
-            silu = mixer.conv1d is not None
-            gated_step(step.y, self.state, step.o, "gla", mixer.dims, columns, up.weight, up.bias, silu=silu)
-        else:
-            columns = [at[name] for name in ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj") if name in at]
-            a_log, dt_bias = getattr(mixer, "A_log", None), getattr(mixer, "dt_bias", None)
-            delta_step(step.y, self.state, step.o, mixer.dims.num_key_heads, columns, mixer.max_beta, a_log, dt_bias)
-        gate = None
-        if mixer.g_proj is not None:
-            gate = step.y[:, at["g_proj"] : at["g_proj"] + self.out_width]
-        o_norm = mixer.o_norm
-        linear_rows(
-            step.o[:, : self.out_width],
-            [mixer.o_proj.weight],
-            step.h,
-            norm=o_norm.weight,
-            eps=o_norm.eps,
-            head=0 if o_norm.weight.shape[0] == self.out_width else o_norm.weight.shape[0],
-            gate=gate,
-            gate_act=mixer.gate_activation,
-            residual=True,
-        )
-
-
-class _AttentionLayer:
-    """A full-attention layer over a static key/value buffer."""
-
-    def __init__(self, base, index, batch, max_len, zeros):
-        attention = base.layers[index].self_attn
-        config, dtype = attention.config, base.embed_tokens.weight.dtype
-        self.heads, heads, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
-        self.keys, self.values = (zeros(batch, heads, max_len, width, dtype=dtype) for _ in range(2))
-        self.partial = zeros(batch * self.heads * SPLITS, width + 2)
-        self.weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        self.width, self.out_width = sum(w.shape[0] for w in self.weights), self.heads * width
-        self.rotary = base.rotary_embs[base.rotary_index[index]]
-
-    def load(self, held):
-        length = held.keys.shape[2]
-        self.keys[:, :, :length], self.values[:, :, :length] = held.keys, held.values
-
-    def store(self, held, length, tokens):
-        held.keys, held.values = self.keys[:, :, :length].clone(), self.values[:, :, :length].clone()
-
-    def run(self, step, block):
-        norm = block.input_layernorm
-        linear_rows(step.h, self.weights, step.y, norm=norm.weight, eps=norm.eps)
-        attend(
-            step.y,
-            self.keys,
-            self.values,
-            step.valid,
-            step.length,
-            step.positions,
-            self.rotary.inv_freq,
-            self.partial,
-            step.o,
-            self.heads,
-            self.rotary.attention_scaling,
-        )
-        linear_rows(step.o[:, : self.out_width], [block.self_attn.o_proj.weight], step.h, residual=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- sessions
@@ -298,11 +208,11 @@ class _Session:
             return False
         return input_ids is not None and input_ids.shape[1] == 1
 
-    def greedy(self, first, positions, attention_mask, limit, eos, pad) -> torch.Tensor:
-        """As ``DecodeStep.greedy``; attention_mask [batch, columns of the prompt] or None."""
+    def decode(self, scores, positions, attention_mask, *options) -> torch.Tensor:
+        """As ``DecodeStep.decode``; attention_mask [batch, columns of the prompt] or None."""
         self.step.load(self.cache, attention_mask)
         self.tokens += 1
-        return self.step.greedy(first, positions, limit, eos, pad)
+        return self.step.decode(scores, positions, *options)
 
     def __call__(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
         """Logits [batch, 1, vocab]."""

@@ -8,6 +8,12 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.generation import GenerationMode
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .cache import adopt, stop_recording
@@ -15,6 +21,7 @@ from .decode_step import MAX_EOS, prefilling, session, why_not
 from .kernels import ENVIRONMENT_VARIABLE, forced_backend
 from .layout import create_masks
 
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _NO_CONTINUOUS_BATCHING = (
     "Continuous batching (generate_batch, cache_implementation='paged') pages key/value blocks and has no place for a "
     "recurrent state. Use generate() on a padded batch: rows are independent of padding and of each other."
@@ -93,21 +100,23 @@ class HybridGenerationMixin:
         cache = model_kwargs["past_key_values"]
         keep = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         columns = self._columns(generation_config, model_kwargs)
-        plain_loop = keep or logits_processor or streamer or synced_gpus or generation_config.do_sample
+        probabilities = Probabilities(logits_processor) if generation_config.do_sample else None
+        alone = probabilities.on_device if generation_config.do_sample else not logits_processor
+        alone = alone and not (keep or streamer or synced_gpus) and _only_length_and_eos(stopping_criteria)
         with session(self, cache, input_ids.shape[0], columns, keep_cache=keep) as current:
-            if plain_loop or not _only_length_and_eos(stopping_criteria):
+            if not alone:
                 return run(*arguments, **model_kwargs)
-            return self._greedy_on_device(current, input_ids, generation_config, model_kwargs)
+            return self._decode_on_device(current, input_ids, generation_config, probabilities, model_kwargs)
 
-    def _greedy_on_device(self, current, input_ids, generation_config, model_kwargs):
-        """Plain greedy search without a word from the host between tokens."""
+    def _decode_on_device(self, current, input_ids, generation_config, probabilities, model_kwargs):
+        """Greedy search or sampling without a word from the host between tokens."""
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
-        first = outputs.logits[:, -1].float().argmax(-1)
+        scores = outputs.logits[:, -1].to(torch.float32, copy=True)
         limit = generation_config.max_length - input_ids.shape[1]
         positions = (positions[:, -1] + 1).expand(input_ids.shape[0])
         eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
-        tokens = current.greedy(first, positions, mask, limit, eos, pad)
+        tokens = current.decode(scores, positions, mask, limit, eos, pad, probabilities)
         return torch.cat((input_ids, tokens), 1)
 
     @staticmethod
@@ -158,6 +167,25 @@ class HybridGenerationMixin:
     def _refuse_paging(self) -> None:
         if "linear_attention" in self.config.layer_types:
             raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
+
+
+class Probabilities:
+    """What sampling draws from: the library's warpers and a softmax, for scores [B, V].
+
+    Attributes:
+        on_device: whether all of the warpers are such as look at the scores of one step alone and need no host.
+        key: the same for the same warpers.
+    """
+
+    def __init__(self, warpers):
+        self.warpers = list(warpers)
+        self.on_device = all(type(warper) in _WARPERS for warper in self.warpers)
+        self.key = tuple((type(warper).__name__, *sorted(vars(warper).items())) for warper in self.warpers)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        for warper in self.warpers:
+            scores = warper(None, scores)
+        return scores.softmax(-1)
 
 
 def _only_length_and_eos(stopping_criteria) -> bool:

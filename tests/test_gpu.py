@@ -130,14 +130,26 @@ def test_multi_turn_on_a_users_cache(monkeypatch):
     assert torch.equal(*results)
 
 
-def test_sampling_draws_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize("alone", [True, False], ids=["on-the-device", "library-loop"])
+@pytest.mark.parametrize(
+    "options", [dict(top_k=20), dict(temperature=0.8, top_p=0.9, top_k=0), dict(min_p=0.1, top_k=0)], ids="-".join
+)
+def test_sampling_draws_the_same_tokens(options, alone, monkeypatch):
+    """And leaves the same random numbers for what comes after, also where rows end early."""
     model = model_of("hgrn2", "3-1")
     ids, mask = batch_of(4)
-    draws = []
+    eos = dict(eos_token_id=list(range(3, 11)), pad_token_id=0)
+    draws, states = [], []
     for captured in (False, True):
-        torch.manual_seed(3)
-        draws.append(generate(model, ids, mask, captured, monkeypatch, do_sample=True, top_k=20).sequences)
-    assert torch.equal(*draws)
+        for seed in (3, 4, 5):  # the first runs without a graph, the second captures
+            torch.manual_seed(seed)
+            out = generate(
+                model, ids, mask, captured, monkeypatch,
+                do_sample=True, return_dict_in_generate=not alone, output_logits=not alone, **eos, **options,
+            )  # fmt: skip
+            draws.append((out if alone else out.sequences).tolist())
+            states.append(torch.cuda.get_rng_state().tolist())
+    assert draws[:3] == draws[3:] and states[:3] == states[3:]
 
 
 def test_new_weights_are_seen(monkeypatch):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is for Linux and Windows")
 
-from hybrid_models import decoding, triton_kernels  # noqa: E402
+from hybrid_models import decode_step, decoding, triton_kernels  # noqa: E402
 from hybrid_models.decode_step import DecodeStep, why_not, why_not_shape  # noqa: E402
 from hybrid_models.triton_kernels import linear_rows  # noqa: E402
 from tests.common import tiny_model, tokens  # noqa: E402
@@ -147,8 +147,46 @@ def test_greedy_on_the_device_ends_where_the_library_does(which):
         step = DecodeStep(model, 3, 32)
         step.load(out.past_key_values, None)
         eos = None if eos is None else torch.tensor(eos)
-        got = step.greedy(out.logits[:, -1].argmax(-1), torch.full((3,), 8), 6, eos, torch.tensor(0))
+        got = step.decode(out.logits[:, -1], torch.full((3,), 8), 6, eos, torch.tensor(0))
     assert torch.equal(torch.cat((prompt, got), 1), want)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(temperature=0.7, top_k=20), dict(top_p=0.8, top_k=0), dict(min_p=0.05, top_k=0), dict(repetition_penalty=1.3)],
+    ids=lambda options: "-".join(options) or "plain",
+)  # fmt: skip
+def test_sampling_draws_what_the_library_draws(options, ends, monkeypatch):
+    """The same tokens, and the same random numbers left for what comes after, on the device or (penalties) off it."""
+    monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))
+    model = tiny_model("gla", "pure", torch.float32, num_hidden_layers=2)
+    prompt = tokens(3, 8)
+    eos = list(range(0, 101, 3)) if ends else None  # a third of the vocabulary: rows end at different times, soon
+    if ends:
+        eos = eos[: decode_step.MAX_EOS]
+        with torch.no_grad():  # and these likelier than the rest
+            model.lm_head.weight[eos] *= 4.0
+    results, states = [], []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("HYBRID_LINEAR_BACKEND", backend)
+        torch.manual_seed(3)
+        results.append(
+            model.generate(prompt, do_sample=True, max_new_tokens=10, eos_token_id=eos, pad_token_id=0, **options)
+        )
+        states.append(torch.get_rng_state())
+    assert torch.equal(*results) and torch.equal(*states)
+    assert not ends or results[0].shape[1] < 18  # so that something was drawn in vain
+
+
+def test_sampling_refuses_what_is_not_a_number(monkeypatch):
+    monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))
+    monkeypatch.setenv("HYBRID_LINEAR_BACKEND", "triton")
+    model = tiny_model("gla", "pure", torch.float32, num_hidden_layers=2)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not a number"):
+        model.generate(tokens(2, 4), do_sample=True, max_new_tokens=3, pad_token_id=0)
 
 
 @pytest.mark.parametrize("chunk", [None, 1])
