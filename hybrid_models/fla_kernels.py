@@ -76,12 +76,14 @@ def chunk(
     scale=None,
     valid=None,
     boundaries=None,
+    final=True,
 ):
     """As ``recurrence.chunk``, and:
 
     Args:
         dtype: what q, k and v are rounded to.
         boundaries: [documents + 1] instead of ``reset``: where packed documents begin in the flattened batch.
+        final: whether the final state is wanted; its gradient costs memory traffic.
     """
     if valid is not None:
         v, k, log_decay = _drop_invalid(valid, v, k, log_decay)
@@ -91,7 +93,7 @@ def chunk(
         return torch_chunk(q, k, v, log_decay, beta, initial_state, scale=scale)
     with torch.autocast("cuda", enabled=False):
         if boundaries is None:
-            return _call(q, k, v, log_decay, beta, initial_state, dtype, _scale(k, scale))
+            return _call(q, k, v, log_decay, beta, initial_state, dtype, _scale(k, scale), final=final)
         # The kernels know where documents begin in one long row.
         B, T = v.shape[:2]
         fixed = log_decay is not None and log_decay.dim() == 3 and k is not None and _is_fixed(log_decay)
@@ -99,19 +101,19 @@ def chunk(
             log_decay = log_decay[:1, :1].expand(1, B * T, -1)
         row = [None if x is None else x if fixed and x is log_decay else x.reshape(1, B * T, *x.shape[2:])
                for x in (q, k, v, log_decay, beta)]  # fmt: skip
-        o, state = _call(*row, None, dtype, _scale(k, scale), boundaries)
+        o, state = _call(*row, None, dtype, _scale(k, scale), boundaries, final)
         # The state after a row is its last document's.
         last = torch.searchsorted(boundaries, torch.arange(1, B + 1, device=v.device) * T) - 1
         return None if o is None else o.unflatten(1, (B, T))[0], None if state is None else state[last]
 
 
-def _call(q, k, v, log_decay, beta, state, dtype, scale, boundaries=None):
+def _call(q, k, v, log_decay, beta, state, dtype, scale, boundaries=None, final=True):
     state = None if state is None else state.float()
     if k is None:
         return _vector(v.to(dtype), log_decay.float(), state, boundaries)
     wanted = q is not None
     q, k, v = (k if q is None else q).to(dtype), k.to(dtype), v.to(dtype)
-    shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=boundaries)
+    shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=final, cu_seqlens=boundaries)
     if beta is None and log_decay is not None and log_decay.dim() == 4:
         kernel = _kernel("chunk_gla", k.shape[-1])
         shared["g"] = log_decay.float()

@@ -11,6 +11,7 @@ tensor, the members' outputs side by side, which the consumers here take apart w
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -100,20 +101,31 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys):
         x, *weights = ctx.saved_tensors
-        dx, dweights = None, []
-        for count, dy in zip(ctx.counts, dys):
-            group, weights = weights[:count], weights[count:]
-            dy = _flat(dy).to(x.dtype)
+        dx, dweights = None, [None] * len(weights)
+        for dy, places in _side_by_side([_flat(dy).to(x.dtype) for dy in dys], ctx.counts, x.shape[1]):
+            group = [weights[i] for i in places]
             if ctx.needs_input_grad[0]:
                 weight = _weight(group, x.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if any(w.requires_grad for w in group):
-                gradient = _weight_gradient(dy, x, group[0].dtype)
-                dweights += gradient.split([len(w) for w in group])
-            else:
-                dweights += [None] * count
+                for i, gradient in zip(places, _weight_gradient(dy, x, group[0].dtype).split([len(w) for w in group])):
+                    dweights[i] = gradient
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
         return dx, None, None, *dweights
+
+
+def _side_by_side(dys, counts, width: int) -> list[tuple[torch.Tensor, list[int]]]:
+    """Gradients of groups of ``counts`` weights, with the places of their weights; those narrower than the input as one.
+
+    A matrix product of few columns waits for memory: for x, which it reads, and for x's gradient, which it adds to.
+    """
+    ends = list(itertools.accumulate(counts))
+    groups = [(dy, list(range(end - count, end))) for dy, count, end in zip(dys, counts, ends)]
+    narrow = [group for group in groups if group[0].shape[1] < width]
+    if len(narrow) < 2:
+        return groups
+    one = torch.cat([dy for dy, _ in narrow], 1), [place for _, places in narrow for place in places]
+    return [group for group in groups if group[0].shape[1] >= width] + [one]
 
 
 def project(x, *groups):
@@ -329,7 +341,7 @@ class _Rotate(torch.autograd.Function):
 def _turn(sources, targets, cos, sin, sign: float) -> None:
     width = cos.shape[-1]
     half = triton.next_power_of_2(width // 2)
-    rows = max(1, TILE // (2 * half))
+    rows = max(1, TILE // (8 * half))
     for x, y in zip(sources, targets):
         x, y = (z if z.dim() == 2 else z.view(-1, z.shape[-1]) for z in (x, y))
         N, heads = len(x), x.shape[-1] // width

@@ -141,6 +141,7 @@ def recurrence(
     dtype: torch.dtype | None = None,
     reset=None,
     boundaries=None,
+    final: bool = True,
     **options,
 ):
     """The law on the back end that serves; arguments and results as in ``recurrence.reference``.
@@ -149,6 +150,7 @@ def recurrence(
         dtype: the model's; q, k and v may be wider, having passed through float32 gates. Default: v's.
         boundaries: ``reset`` as places in the flattened batch (``TokenLayout.boundaries``), without which packed
             documents stay in torch.
+        final: False where nobody wants the state after the last token, which may then be None.
     """
     if not torch.compiler.is_compiling() and (law := _law.get()) is not None:
         return law(q, k, v, log_decay, beta, initial_state, reset=reset, **options)
@@ -156,7 +158,8 @@ def recurrence(
     packed = reset is not None and (boundaries is None or initial_state is not None)
     choice = select(v.device, dtype, v.shape[1], beta is not None, key_width, packed)
     if choice.name == "fla":
-        return fla_chunk(q, k, v, log_decay, beta, initial_state, dtype=dtype, boundaries=boundaries, **options)
+        options |= dict(dtype=dtype, boundaries=boundaries, final=final)
+        return fla_chunk(q, k, v, log_decay, beta, initial_state, **options)
     form = step if v.shape[1] == 1 else chunk
     return form(q, k, v, log_decay, beta, initial_state, reset=reset, **options)
 

@@ -186,6 +186,7 @@ class LinearAttention(KeepsFloat32):
             valid=layout.valid,
             reset=layout.reset,
             boundaries=layout.boundaries,
+            final=cache is not None,
         )
 
         if cache is not None:
@@ -235,7 +236,7 @@ class RetNet(LinearAttention):
     def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
         q, k = ops.rotate(parts[0], *position_embeddings, self.dims[:2])
         q, k, v = same_heads(q, k, self.heads(parts[1], self.dims.num_value_heads))
-        heads = torch.arange(q.shape[2], device=q.device, dtype=full_precision(q).dtype)
+        heads = torch.arange(q.shape[2], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
         log_gamma = torch.log1p(-torch.exp2(-5.0 - heads))
         return q, k, v, log_gamma.expand(*q.shape[:2], -1), None
 

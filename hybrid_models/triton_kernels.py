@@ -277,7 +277,7 @@ def linear_rows(
         )
         x, options = prepared, dict(NORM=0, GATE=0, HEAD=1)
     BB = max(16, min(64, triton.next_power_of_2(B))) if dot else triton.next_power_of_2(B)
-    BN, BK, warps, stages = config or linear_config(BB, K, max(sizes), weights[0].element_size())
+    BN, BK, warps, stages = config or linear_config(BB, K, max(sizes), weights[0].element_size(), swiglu)
     BK = max(BK, options["HEAD"])
     columns = sizes[0] if swiglu else None
     blocks = triton.cdiv(columns, BN) if swiglu else sum(triton.cdiv(n, BN) for n in sizes)
@@ -292,23 +292,30 @@ def linear_rows(
 
 
 def early(x: torch.Tensor) -> dict[str, bool]:
-    """Launch options: whether the kernel begins before the one before it has ended (see the module's docstring)."""
-    if not x.is_cuda or not hasattr(tl.extra.cuda, "gdc_wait") or torch.cuda.get_device_capability(x.device) < (9, 0):
+    """Launch options: whether the kernel, for the rows of x, begins before the one before it has ended (see above).
+
+    Many rows keep the card busy as it is, and there it costs more than it gives.
+    """
+    few = x.is_cuda and len(x) <= FEW_ROWS
+    if not few or not hasattr(tl.extra.cuda, "gdc_wait") or torch.cuda.get_device_capability(x.device) < (9, 0):
         return {"EARLY": False}
     return {"EARLY": True, "launch_pdl": True}
 
 
-def linear_config(rows: int, K: int, N: int, itemsize: int) -> tuple[int, int, int, int]:
+def linear_config(rows: int, K: int, N: int, itemsize: int, swiglu: bool = False) -> tuple[int, int, int, int]:
     """Outputs per program, contraction per step, warps and pipeline stages, for ``rows`` rows per program.
 
-    Found by benchmarks/tune_decode.py on an H100. One row: the whole contraction in one step, so that all loads are in
+    Found by benchmarks/tune_decode.py on an H200. One row: the whole contraction in one step, so that all loads are in
     flight at once. More: the tensor cores' tiles.
     """
     if rows > FEW_ROWS and itemsize > 2:  # float32 is for checking, not for speed: what fits in shared memory
         return 16, 64, 4, 2
     if rows > FEW_ROWS:
         return (64, 128, 4, 4) if N > 4096 else (16, 256, 4, 4)
-    return 2, min(triton.next_power_of_2(K), 2048), 4, 1
+    block = min(triton.next_power_of_2(K), 2048)
+    if swiglu:  # two tiles at a time
+        return 2, block, 4, 1
+    return 4, block, 8 if N <= 4096 and K <= 2048 else 4, 1
 
 
 __all__ = ["FEW_ROWS", "early", "jit", "linear_rows", "triton"]
