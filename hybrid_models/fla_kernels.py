@@ -115,27 +115,27 @@ def _call(q, k, v, log_decay, beta, state, dtype, scale, boundaries=None, final=
     q, k, v = (k if q is None else q).to(dtype), k.to(dtype), v.to(dtype)
     shared = dict(q=q, k=k, v=v, scale=scale, initial_state=state, output_final_state=final, cu_seqlens=boundaries)
     if beta is None and log_decay is not None and log_decay.dim() == 4:
-        kernel = _kernel("chunk_gla", k.shape[-1])
+        kernel = _kernel("chunk_gla", k.shape[-1], v.shape[-1])
         shared["g"] = log_decay.float()
     elif beta is None:
-        kernel = _kernel("chunk_simple_gla", k.shape[-1])
+        kernel = _kernel("chunk_simple_gla", k.shape[-1], v.shape[-1])
         if log_decay is not None and _is_fixed(log_decay):
             shared["g_gamma"] = log_decay[0, 0].float()
         else:
             shared["g"] = None if log_decay is None else log_decay.float().contiguous()
     elif log_decay is None:
-        kernel = _kernel("chunk_delta_rule", k.shape[-1])
+        kernel = _kernel("chunk_delta_rule", k.shape[-1], v.shape[-1])
         shared["beta"] = beta.to(dtype)
     else:
         if torch.is_grad_enabled():
             refuse_miscompiled_backward()
-        kernel = _kernel("chunk_gated_delta_rule", k.shape[-1])
+        kernel = _kernel("chunk_gated_delta_rule", k.shape[-1], v.shape[-1])
         shared |= dict(g=log_decay.float(), beta=beta.float())
     o, state = kernel(**shared)
     return (o if wanted else None), state
 
 
-def _kernel(name: str, key_width: int = 0):
+def _kernel(name: str, key_width: int = 0, value_width: int = 0):
     """One of fla-core's functions; inside try, or fla-core would be a requirement of every checkpoint that ships this."""
     try:
         from fla.ops.delta_rule import chunk_delta_rule
@@ -147,7 +147,7 @@ def _kernel(name: str, key_width: int = 0):
         raise RuntimeError(
             f"fla-core does not import ({error}): reinstall it, or set HYBRID_LINEAR_BACKEND=torch."
         ) from error
-    _limit_search(name, key_width)
+    _limit_search(name, key_width, value_width)
     return {
         "chunk_delta_rule": chunk_delta_rule,
         "chunk_gated_delta_rule": chunk_gated_delta_rule,
@@ -160,7 +160,8 @@ def _kernel(name: str, key_width: int = 0):
 
 # What fla's search found on an H100 and an H200 for the 340M models (benchmarks/results/fla_configurations.json): keyword
 # arguments, warps, stages. Where heads with more than 128 key channels, or GLA's gates per channel, want something else, it
-# stands in WIDE and PER_CHANNEL.
+# stands in WIDE and PER_CHANNEL. LARGE is beyond fla's own choices, and for heads that such tiles fill: states carried from
+# chunk to chunk in fewer pieces, so that keys and values are read less often (two to four per cent of the whole law).
 TUNED = {
     "chunk_bwd_kernel_dh": (dict(BK=32, BV=64), 4, 2),
     "chunk_bwd_kernel_dqkwg": ({}, 4, 2),
@@ -191,6 +192,10 @@ PER_CHANNEL = {
     "chunk_gla_fwd_kernel_o": (dict(BK=64, BV=128), 4, 3),
     "chunk_local_cumsum_vector_kernel": (dict(BS=64), 2, 3),
 }
+LARGE = {
+    "chunk_bwd_kernel_dh": (dict(BK=128, BV=128), 8, 3),
+    "chunk_fwd_kernel_h": (dict(BK=128, BV=128), 4, 3),
+}
 WIDE = {
     "chunk_bwd_kernel_dv_local": ({}, 4, 3),
     "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": (dict(BV=32), 4, 2),
@@ -200,26 +205,39 @@ WIDE = {
 }
 
 
-def _limit_search(name: str, key_width: int) -> None:
+def _limit_search(name: str, key_width: int, value_width: int) -> None:
     """Leave every autotuned kernel of fla one configuration: the tuned one, else 4 warps and 2 stages or the nearest to it.
 
     Trying all of them takes four minutes before the first training step; HYBRID_LINEAR_SEARCH=1 keeps the search, for
     long runs on other cards.
     """
-    now = (name == "chunk_gla", key_width > 128, len(sys.modules))
+    filled = key_width > 0 and key_width % 128 == 0 and value_width % 128 == 0
+    large = filled and torch.cuda.get_device_capability()[0] == 9  # where it was tried
+    now = (name == "chunk_gla", key_width > 128, large, len(sys.modules))
     if os.environ.get("HYBRID_LINEAR_SEARCH") == "1" or now == _limited:
         return
     if now not in _chosen:
-        _chosen[now] = choices(TUNED | (PER_CHANNEL if now[0] else {}) | (WIDE if now[1] else {}))
+        wanted = TUNED | (PER_CHANNEL if now[0] else {}) | (WIDE if now[1] else {})
+        _chosen[now] = choices(wanted, LARGE if large else None)
     configure(_chosen[now], now)
 
 
-def choices(wanted: dict[str, tuple[dict, int, int]]) -> list[tuple]:
-    """Every autotuned kernel of fla that is imported, with the one configuration that is ``nearest`` to wanted[name]."""
-    return [
-        (kernel, nearest(_all_configs.setdefault(id(kernel), kernel.configs), wanted.get(kernel.base_fn.__name__)))
-        for kernel in autotuners()
-    ]
+def choices(wanted: dict[str, tuple[dict, int, int]], beyond: dict[str, tuple[dict, int, int]] | None = None) -> list:
+    """Every autotuned kernel of fla that is imported, with the one configuration that it is to have.
+
+    Args:
+        wanted: by the kernel's name; the ``nearest`` of fla's own is taken.
+        beyond: by name, before ``wanted``, what fla's own need not contain.
+    """
+    chosen = []
+    for kernel in autotuners():
+        name, configs = kernel.base_fn.__name__, _all_configs.setdefault(id(kernel), kernel.configs)
+        kwargs, warps, stages = (beyond or {}).get(name, ({}, 4, 2))
+        if kwargs and all(config.kwargs.keys() == kwargs.keys() for config in configs):
+            chosen.append((kernel, triton.Config(dict(kwargs), num_warps=warps, num_stages=stages)))
+        else:
+            chosen.append((kernel, nearest(configs, wanted.get(name))))
+    return chosen
 
 
 def configure(chosen: list[tuple], state: tuple | None = None) -> None:

@@ -15,6 +15,7 @@ import itertools
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -53,11 +54,11 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether multiplying by ``linear.weight`` is all that calling the module would do: no adapter, bias or hook."""
+def is_plain(linear: nn.Module, bias: bool = False) -> bool:
+    """Whether multiplying by ``linear.weight`` is all that calling the module would do: no adapter, hook, or other bias."""
     return (
         type(linear) is nn.Linear
-        and linear.bias is None
+        and (linear.bias is not None) == bias
         and type(linear.weight.data) is torch.Tensor
         and is_untouched(linear)
     )
@@ -262,7 +263,7 @@ def short_convolution(parts, conv1d, heads, window=None, layout=None, keep_input
 
 class _Forget(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, floor, room, form, scale, dtype):
+    def forward(ctx, parts, bias, floor, room, form, scale, dtype):
         D = parts.shape[-1] // (1 if form == 0 else 2)
         parts = parts.contiguous()
         flat = _flat(parts)
@@ -273,32 +274,35 @@ class _Forget(torch.autograd.Function):
         grid, blocks = _grid(len(flat), D)
         stride = flat.stride(0)
         forget_forward[grid](
-            z, f, floor, room, log_a, first, second, len(flat), stride, stride, scale,
-            D=D, FORM=form, BOUNDED=floor is not None, **blocks,
+            z, f, bias, floor, room, log_a, first, second, len(flat), stride, stride, scale,
+            D=D, FORM=form, BIAS=bias is not None, BOUNDED=floor is not None, **blocks,
         )  # fmt: skip
-        ctx.save_for_backward(parts, floor, room)
+        ctx.save_for_backward(parts, bias, floor, room)
         ctx.form, ctx.scale = form, scale
         return log_a, first, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlog, dfirst, dsecond):
-        parts, floor, room = ctx.saved_tensors
+        parts, bias, floor, room = ctx.saved_tensors
         D, dparts = dlog.shape[-1], torch.empty_like(parts)
         flat, dflat = _flat(parts), _flat(dparts)
         (z, f), (dz, df) = ((None, p) if ctx.form == 0 else (p[:, :D], p[:, D:]) for p in (flat, dflat))
         (rows, columns), blocks = _grid(len(flat), D, TILE // 4)
         grid = (min(rows, max(1, PROGRAMS // columns)), columns)
-        sums = (
-            torch.empty(2, grid[0], D, dtype=torch.float32, device=parts.device) if floor is not None else (None,) * 2
-        )
+
+        def sums(of):
+            return None if of is None else torch.empty(grid[0], D, dtype=torch.float32, device=parts.device)
+
+        shares = sums(bias), sums(floor), sums(room)
         dlog, dfirst, dsecond = (None if d is None else d.contiguous() for d in (dlog, dfirst, dsecond))
         forget_backward[grid](
-            z, f, floor, room, dlog, dfirst, dsecond, dz, df, *sums, len(flat), flat.stride(0), flat.stride(0), ctx.scale,
-            D=D, FORM=ctx.form, BOUNDED=floor is not None, **blocks,
+            z, f, bias, floor, room, dlog, dfirst, dsecond, dz, df, *shares,
+            len(flat), flat.stride(0), flat.stride(0), ctx.scale,
+            D=D, FORM=ctx.form, BIAS=bias is not None, BOUNDED=floor is not None, **blocks,
         )  # fmt: skip
-        dfloor, droom = (None, None) if floor is None else sums.sum(1)
-        return dparts, dfloor, droom, None, None, None
+        dbias, dfloor, droom = (None if share is None else share.sum(0) for share in shares)
+        return dparts, None if bias is None else dbias.to(bias.dtype), dfloor, droom, None, None, None
 
 
 def _grid(rows: int, width: int, elements: int = TILE // 2) -> tuple[tuple[int, int], dict[str, int]]:
@@ -308,12 +312,17 @@ def _grid(rows: int, width: int, elements: int = TILE // 2) -> tuple[tuple[int, 
     return (triton.cdiv(rows, BN), triton.cdiv(width, BD)), {"BN": BN, "BD": BD}
 
 
-def forget_gate(parts, bounds=None, scale=1.0, form="log"):
+def forget_gate(parts, bounds=None, scale=1.0, form="log", through=None):
     floor, room = (None, None) if bounds is None else (bound.float().contiguous() for bound in bounds)
     form = ("log", "input", "key").index(form)
     if not isinstance(parts, torch.Tensor):  # from a convolution
         parts = torch.cat([part.flatten(2) for part in parts], -1)
-    return _Forget.apply(parts, floor, room, form, scale, compute_dtype(parts))[: form + 1]
+    bias = None
+    if through is not None and is_plain(through, bias=True):
+        parts, bias = F.linear(parts, through.weight), through.bias
+    elif through is not None:
+        parts = through(parts)
+    return _Forget.apply(parts, bias, floor, room, form, scale, compute_dtype(parts))[: form + 1]
 
 
 class _Rotate(torch.autograd.Function):

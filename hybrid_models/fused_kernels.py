@@ -275,10 +275,10 @@ def _log_of_gate(a, rest):
 
 @jit
 def forget_forward(
-    z_ptr, f_ptr, floor_ptr, room_ptr, log_ptr, first_ptr, second_ptr, N, z_stride, f_stride, scale,
-    D: tl.constexpr, FORM: tl.constexpr, BOUNDED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    z_ptr, f_ptr, bias_ptr, floor_ptr, room_ptr, log_ptr, first_ptr, second_ptr, N, z_stride, f_stride, scale,
+    D: tl.constexpr, FORM: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """log of the forget gate a, float32, times scale; and what else it decides.
+    """log of the forget gate a of f [+ bias], float32, times scale; and what else it decides.
 
     FORM 0 (GLA): nothing. FORM 1 (HGRN): first = silu(z) (1 - a). FORM 2 (HGRN2): first = silu(z), second = 1 - a.
     """
@@ -287,6 +287,8 @@ def forget_forward(
     mask = (rows < N)[:, None] & (cols < D)[None, :]
     at = rows.to(tl.int64)[:, None] * D + cols[None, :]
     f = tl.load(f_ptr + rows.to(tl.int64)[:, None] * f_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        f += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     s, c, a, rest, room = _bounded(f, floor_ptr, room_ptr, cols, D, BOUNDED)
     if BOUNDED:
         log_a = _log_of_gate(a, rest)
@@ -306,12 +308,16 @@ def forget_forward(
 
 @jit
 def forget_backward(
-    z_ptr, f_ptr, floor_ptr, room_ptr, dlog_ptr, dfirst_ptr, dsecond_ptr, dz_ptr, df_ptr, dfloor_ptr, droom_ptr,
-    N, z_stride, f_stride, scale,
-    D: tl.constexpr, FORM: tl.constexpr, BOUNDED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    z_ptr, f_ptr, bias_ptr, floor_ptr, room_ptr, dlog_ptr, dfirst_ptr, dsecond_ptr, dz_ptr, df_ptr,
+    dbias_ptr, dfloor_ptr, droom_ptr, N, z_stride, f_stride, scale,
+    D: tl.constexpr, FORM: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``forget_forward``; those of the bounds [programs, D] are shares, summed over a program's rows."""
+    """Gradients of ``forget_forward``; those of bias and bounds [programs, D] are shares, summed over a program's rows."""
     cols = tl.program_id(1) * BD + tl.arange(0, BD)
+    share = tl.program_id(0).to(tl.int64) * D + cols
+    if BIAS:
+        bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    dbias = tl.zeros((BN, BD), tl.float32)
     dfloor = tl.zeros((BN, BD), tl.float32)
     droom = tl.zeros((BN, BD), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
@@ -320,6 +326,8 @@ def forget_backward(
         at = rows.to(tl.int64)[:, None] * D + cols[None, :]
         f_at = rows.to(tl.int64)[:, None] * f_stride + cols[None, :]
         f = tl.load(f_ptr + f_at, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            f += bias
         dlog = tl.load(dlog_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
         s, c, a, rest, room = _bounded(f, floor_ptr, room_ptr, cols, D, BOUNDED)
         drest = tl.zeros((BN, BD), tl.float32)
@@ -334,15 +342,20 @@ def forget_backward(
             else:
                 drest = tl.load(dsecond_ptr + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(dz_ptr + z_at, dsilu * sz * (1.0 + z * (1.0 - sz)), mask=mask)
+        # All are 0 where there is no token, for dlog and drest are.
         if BOUNDED:
             da = dlog / a
-            tl.store(df_ptr + f_at, (da - drest) * room * s * c, mask=mask)
+            df = (da - drest) * room * s * c
             dfloor += da
-            droom += da * s + drest * c  # both 0 where there is no token: dlog and drest are
+            droom += da * s + drest * c
         else:
-            tl.store(df_ptr + f_at, (dlog - drest * s) * c, mask=mask)
+            df = (dlog - drest * s) * c
+        tl.store(df_ptr + f_at, df, mask=mask)
+        if BIAS:
+            dbias += df
+    if BIAS:
+        tl.store(dbias_ptr + share, tl.sum(dbias, axis=0), mask=cols < D)
     if BOUNDED:
-        share = tl.program_id(0).to(tl.int64) * D + cols
         tl.store(dfloor_ptr + share, tl.sum(dfloor, axis=0), mask=cols < D)
         tl.store(droom_ptr + share, tl.sum(droom, axis=0), mask=cols < D)
 

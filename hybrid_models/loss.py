@@ -14,10 +14,13 @@ gradient is known up to the scale that the backward brings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .checks import ask
 from .fused_kernels import cross_entropy_kernel
 from .pointwise import compute_dtype
 from .triton_kernels import triton
@@ -83,6 +86,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    checked: bool = False,
 ) -> torch.Tensor:
     """cross_entropy(hidden @ weight^T, targets), in float32 (float64 for float64), a scalar.
 
@@ -91,27 +95,35 @@ def linear_cross_entropy(
         weight: [V, d].
         targets: [N] int64; -100 is ignored.
         num_items_in_batch: what the sum is divided by; None: the number of targets.
+        checked: ``check_targets`` has seen the targets.
 
     Raises:
-        ValueError: a target outside of the vocabulary (on CUDA too, at the price of waiting for the device once).
+        ValueError: a target outside of the vocabulary.
     """
-    if len(targets) and bool(((targets >= len(weight)) | ((targets < 0) & (targets != IGNORED))).any()):
-        raise ValueError(
-            f"labels must be {IGNORED} or token ids below {len(weight)}; these reach {int(targets.max())}."
-        )
+    settle = None if checked or not len(targets) else check_targets(targets, len(weight))
     count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     count = torch.as_tensor(count, device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, count, compute_dtype(hidden))
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets, count, compute_dtype(hidden))
+    if settle is not None:
+        settle()
+    return loss
 
 
-def check_targets(targets: torch.Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless every target is -100 or a token id below ``vocab_size``. Waits for the device."""
-    if ((targets >= vocab_size) | ((targets < 0) & (targets != IGNORED))).any():
+def check_targets(targets: torch.Tensor, vocab_size: int) -> Callable[[], None]:
+    """Ask (see ``checks``) whether every target is -100 or a token id below ``vocab_size``.
+
+    Raises:
+        ValueError: one is neither; on CUDA the function that is returned raises it.
+    """
+
+    def error() -> ValueError:
         low, high = int(targets.min()), int(targets.max())
-        raise ValueError(
+        return ValueError(
             f"labels must be {IGNORED} (ignored) or token ids below {vocab_size}, but these go from {low} to {high}: check "
             "that the tokenizer belongs to this model."
         )
+
+    return ask(((targets >= vocab_size) | ((targets < 0) & (targets != IGNORED))).any(), error)
 
 
 def shift(labels: torch.Tensor) -> torch.Tensor:

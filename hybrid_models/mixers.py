@@ -263,7 +263,7 @@ class Gla(LinearAttention):
     def law_inputs(self, ops, parts, position_embeddings, lower_bounds):
         *mixed, rank = parts
         q, k, v = mixed[0] if self.conv1d is not None else map(self.heads, mixed, self.dims[:3])
-        (gate,) = ops.forget_gate(self.gk_proj[1](rank), scale=1 / self.GATE_NORMALIZER)
+        (gate,) = ops.forget_gate(rank, scale=1 / self.GATE_NORMALIZER, through=self.gk_proj[1])
         q, k, v = same_heads(q, k, v)
         return q, k, v, repeat_heads(self.heads(gate, self.dims.num_key_heads), q.shape[2]), None
 

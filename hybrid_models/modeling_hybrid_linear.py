@@ -14,6 +14,7 @@ in ``cache``, how padding and packing reach them in ``layout``; full attention s
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import HybridLinearAttention, RotaryPositions
 from .cache import adopt, refuse_other_sizes, sizes_per_sequence
+from .checks import ask
 from .configuration_hybrid_linear import HybridLinearConfig
 from .decode_step import active_session
 from .decoding import HybridGenerationMixin
@@ -227,8 +229,9 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        settle = None
         if inputs_embeds is None:
-            self._check_ids(input_ids)
+            settle, input_ids = self._check_ids(input_ids, use_cache or past_key_values is not None)
             inputs_embeds = self.embed_tokens(input_ids)
         B, T = inputs_embeds.shape[:2]
 
@@ -263,6 +266,8 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
         _, hidden_states = ops.rms_norm(self.norm, hidden_states)
         if padding is not None:
             hidden_states = repeat_last_valid(hidden_states, padding)
+        if settle is not None:
+            settle()
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _read_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values, past, kwargs):
@@ -298,17 +303,29 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         return masks, padding, reset, position_ids
 
-    def _check_ids(self, input_ids: torch.Tensor) -> None:
+    def _check_ids(self, input_ids: torch.Tensor, at_once: bool):
+        """What raises if an id is outside of the vocabulary (see ``checks``), and ids that can be looked up meanwhile.
+
+        Args:
+            at_once: raise here; a cache must not see such ids.
+        """
         if is_tracing(input_ids) or not input_ids.numel():
-            return
+            return None, input_ids
         low, high = input_ids.aminmax()
         # Whoever replaces the embedding (assisted decoding across vocabularies does) need not say how many rows it has.
         size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
-        if low < 0 or high >= size:
-            raise ValueError(
+
+        def error() -> ValueError:
+            return ValueError(
                 f"input_ids holds {int(low) if low < 0 else int(high)}, outside the vocabulary of {size}: check that the "
                 "tokenizer belongs to this model, or call resize_token_embeddings."
             )
+
+        settle = ask((low < 0) | (high >= size), error)
+        if not at_once and input_ids.is_cuda:
+            return settle, input_ids.clamp(0, size - 1)
+        settle()
+        return None, input_ids
 
 
 class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin, GenerationMixin):
@@ -354,7 +371,7 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         if session is not None and session.serves(self, input_ids, past_key_values):
             logits = session(input_ids, position_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        targets = self._targets(labels, **kwargs) if skip_logits else None
+        targets, settle = self._targets(labels, **kwargs) if skip_logits else (None, None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -367,7 +384,8 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         logits = loss = None
         if skip_logits:
             hidden_states, count = outputs.last_hidden_state.flatten(0, 1), kwargs.get("num_items_in_batch")
-            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, targets, count)
+            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, targets, count, checked=True)
+            settle()
         else:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if labels is not None and not skip_logits:
@@ -380,8 +398,8 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
             attentions=outputs.attentions,
         )
 
-    def _targets(self, labels, shift_labels=None, **kwargs) -> torch.Tensor:
-        """[B * T], checked before any work is done, when waiting for the device costs least."""
+    def _targets(self, labels, shift_labels=None, **kwargs) -> tuple[torch.Tensor, Callable[[], None]]:
+        """[B * T], and what raises if one is outside of the vocabulary (see ``checks``)."""
         if labels is None and shift_labels is None:
             raise ValueError("skip_logits=True leaves the loss alone, and without labels there is none: pass labels.")
         if not is_plain(self.lm_head):
@@ -390,8 +408,7 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
                 "hook, a quantised layer): leave skip_logits out."
             )
         targets = (shift(labels) if shift_labels is None else shift_labels).flatten()
-        check_targets(targets, self.lm_head.weight.shape[0])
-        return targets
+        return targets, check_targets(targets, self.lm_head.weight.shape[0])
 
 
 # The library's task heads make their decoder through AutoModel, which would ask, in the middle of it, whether to run the

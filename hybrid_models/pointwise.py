@@ -98,17 +98,20 @@ def short_convolution(parts, conv1d, heads, window=None, layout=None, keep_input
     return outputs, inputs
 
 
-def forget_gate(parts, bounds=None, scale=1.0, form="log"):
+def forget_gate(parts, bounds=None, scale=1.0, form="log", through=None):
     """The forget gate a = floor + room * sigmoid(f), its logarithm times ``scale``, and what else it decides.
 
     Args:
         parts: f [B, T, D] for form "log" (GLA), else (z, f).
         bounds: floor and room [D], room = 1 - floor; None for 0 and 1.
+        through: a linear layer with a bias that makes f of the parts (GLA's low rank).
         form: "input" (HGRN) adds silu(z) * (1 - a), "key" (HGRN2) adds silu(z) and 1 - a.
 
     Returns:
         log a in float32 (float64), and what the form adds.
     """
+    if through is not None:
+        parts = through(parts)
     z, f = (None, parts) if form == "log" else (full_precision(part.flatten(2)) for part in parts)
     log_a = F.logsigmoid(full_precision(f))
     if bounds is not None:

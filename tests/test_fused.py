@@ -127,6 +127,11 @@ def test_forget_gate(form, bounded):
     compare(run, [f, z, lower], grad_atol=1e-4)  # the bounds' gradient sums 26 rows of 1 / gate, up to 10 each
 
 
+def test_forget_gate_through_a_low_rank():
+    layer = nn.Linear(6, 40)
+    compare(lambda ops, r, layer: ops.forget_gate(r, scale=0.25, through=layer), [torch.randn(B, T, 6) * 4], [layer])
+
+
 def test_small_forget_gates_keep_their_digits():
     f = torch.tensor([-30.0, -5.0, 5.0, 15.0, 30.0]).expand(1, 1, 5).contiguous()
     log_a, _, rest = fused.forget_gate(torch.cat((f, f), -1), form="key")

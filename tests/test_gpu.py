@@ -183,17 +183,18 @@ def test_these_bounds_have_teeth():
         check_close((1.01 * want).bfloat16(), want, 1e-2, 3e-3)
 
 
+@pytest.mark.parametrize("width", [64, 128], ids="wide-{}".format)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("law", ["vector", "fixed", "channel", "none-delta", "head-delta"])
-def test_fla_laws_are_the_reference(law, documents):
-    """Outputs and all gradients against the float64 reference on the same rounded numbers."""
+def test_fla_laws_are_the_reference(law, documents, width):
+    """Outputs and all gradients against the float64 reference on the same rounded numbers; heads of 128 take other tiles."""
     pytest.importorskip("fla")
     from hybrid_models.fla_kernels import chunk
     from hybrid_models.layout import TokenLayout
     from hybrid_models.recurrence import reference
 
     g = torch.Generator().manual_seed(3)
-    B, T, H, K, V = 2, 200, 2, 64, 64
+    B, T, H, K, V = 2, 200, 2, width, 2 * width
     q, k, v = (torch.randn(B, T, H, n, generator=g) for n in (K, K, V))
     beta = decay = None
     if law.endswith("delta"):
@@ -284,6 +285,23 @@ def test_fused_in_float32_and_under_autocast(mixer, monkeypatch):
     plain, fused = gradients("torch", True), gradients(None, True)
     errors = [((x - want).norm() / want.norm()).item() for x in (plain, fused)]
     assert errors[1] < 1.5 * errors[0] + 2e-3, errors
+
+
+@pytest.mark.parametrize("where", ["input_ids", "labels", "cache"])
+@pytest.mark.parametrize("bad", [-1, 101])
+def test_ids_outside_the_vocabulary_raise_and_leave_the_device_usable(where, bad):
+    """In training the question is asked at the start and answered at the end (``checks``); a cache never sees such ids."""
+    model = model_of("gla", "3-1", torch.bfloat16, num_hidden_layers=3)
+    ids, _ = batch_of(2, padded=False)
+    wrong = ids.clone()
+    wrong[1, 7] = bad
+    use_cache = where == "cache"
+    with pytest.raises(ValueError, match="labels must be" if where == "labels" else "outside the vocabulary"):
+        if where == "labels":
+            model(ids, labels=wrong, use_cache=False, skip_logits=True)
+        else:
+            model(wrong, labels=ids, use_cache=use_cache, skip_logits=not use_cache)
+    assert torch.isfinite(model(ids, labels=ids, use_cache=False, skip_logits=True).loss)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -167,8 +167,12 @@ def _code_of(device: str, law: str):
             fused,
             modeling_hybrid_linear,
         ):  # a fake weight is no plain tensor; its layer is plain all the same
-            put(module, "is_plain", lambda linear: type(linear) is nn.Linear and linear.bias is None)
-        put(modeling_hybrid_linear, "check_targets", lambda targets, vocab_size: None)  # there are no values to check
+            put(
+                module,
+                "is_plain",
+                lambda linear, bias=False: type(linear) is nn.Linear and (linear.bias is None) != bias,
+            )
+        put(modeling_hybrid_linear, "check_targets", lambda *_: lambda: None)  # there are no values to check
         put(modeling_hybrid_linear, "linear_cross_entropy", _linear_cross_entropy)
         if device == "cuda":
             _leave_out_kernels(put)
@@ -177,7 +181,7 @@ def _code_of(device: str, law: str):
         yield
 
 
-def _linear_cross_entropy(hidden, weight, targets, count):
+def _linear_cross_entropy(hidden, weight, targets, count, checked):
     count = torch.as_tensor(count, dtype=torch.float32)
     return loss._LinearCrossEntropy.apply(hidden, weight, targets, count, fused.compute_dtype(hidden))
 
