@@ -150,7 +150,7 @@ def nano(runs: dict[tuple[str, str], list[dict]], size: str, path: Path) -> None
         any_shared |= len(alone) < len(runs[key])
     curves.set_title("training loss, nats a token (pure dashed)")
     curves.set_xlabel("step")
-    curves.set_ylim(top=5)
+    curves.set_ylim(top=6.5)
     ends.set_title("held-out loss, every seed")
     ends.set_yticks(range(len(order)), labels, fontsize=8)
     speeds.set_title("thousand tokens/s, MFU")

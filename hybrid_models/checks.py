@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from transformers.utils.import_utils import is_tracing
 
 
 @torch.compiler.disable
@@ -46,4 +47,33 @@ def _settled() -> None:
     pass
 
 
-__all__ = ["ask"]
+def check_ids(input_ids: torch.Tensor, size: int, at_once: bool) -> tuple[Callable[[], None] | None, torch.Tensor]:
+    """Ask whether an id lies outside of a vocabulary of ``size``.
+
+    Args:
+        at_once: raise here; a cache must not see such ids.
+
+    Returns:
+        what raises (None where nothing is left to ask), and ids that can be looked up meanwhile.
+
+    Raises:
+        ValueError: an id is negative or too large; with ``at_once``, or on the CPU, here.
+    """
+    if is_tracing(input_ids) or not input_ids.numel():
+        return None, input_ids
+    low, high = input_ids.aminmax()
+
+    def error() -> ValueError:
+        return ValueError(
+            f"input_ids holds {int(low) if low < 0 else int(high)}, outside the vocabulary of {size}: check that the "
+            "tokenizer belongs to this model, or call resize_token_embeddings."
+        )
+
+    settle = ask((low < 0) | (high >= size), error)
+    if not at_once and input_ids.is_cuda:
+        return settle, input_ids.clamp(0, size - 1)
+    settle()
+    return None, input_ids
+
+
+__all__ = ["ask", "check_ids"]

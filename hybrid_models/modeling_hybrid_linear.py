@@ -36,11 +36,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import HybridLinearAttention, RotaryPositions
 from .cache import adopt, refuse_other_sizes, sizes_per_sequence
-from .checks import ask
+from .checks import check_ids
 from .configuration_hybrid_linear import HybridLinearConfig
 from .decode_step import active_session
 from .decoding import HybridGenerationMixin
-from .fused import is_plain
+from .fused import OPERATIONS as FUSED
+from .fused import is_plain, is_untouched
 from .kernels import operations
 from .layout import (
     TokenLayout,
@@ -84,16 +85,24 @@ class HybridLinearDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         layout: TokenLayout | None = None,
         lower_bounds: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
+        defer: bool = False,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            branch: what the layer before left to be added to hidden_states [B, T, d].
+            defer: return the MLP's branch beside the hidden states, for the next norm to add.
+        """
         ops = operations(hidden_states)
-        hidden_states, normed = ops.rms_norm(self.input_layernorm, hidden_states)
+        hidden_states, normed = ops.rms_norm(self.input_layernorm, hidden_states, branch)
         if hasattr(self, "linear_attn"):
             mixed = self.linear_attn(normed, past_key_values, layout, position_embeddings, lower_bounds)
         else:
             mixed, _ = self.self_attn(normed, attention_mask, position_embeddings, past_key_values, **kwargs)
         hidden_states, normed = ops.rms_norm(self.post_attention_layernorm, hidden_states, mixed)
-        return hidden_states + ops.mlp(self.mlp, normed)
+        branch = ops.mlp(self.mlp, normed)
+        return (hidden_states, branch) if defer else hidden_states + branch
 
 
 class _MlpConfig:
@@ -231,7 +240,9 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         settle = None
         if inputs_embeds is None:
-            settle, input_ids = self._check_ids(input_ids, use_cache or past_key_values is not None)
+            # Whoever replaces the embedding (assisted decoding across vocabularies does) need not say how many rows it has.
+            size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+            settle, input_ids = check_ids(input_ids, size, at_once=use_cache or past_key_values is not None)
             inputs_embeds = self.embed_tokens(input_ids)
         B, T = inputs_embeds.shape[:2]
 
@@ -248,8 +259,12 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
 
         layout = (TokenLayout() if padding is None else TokenLayout.from_mask(padding)).packed(reset)
         rotary = [rotary_emb(inputs_embeds, position_ids) for rotary_emb in self.rotary_embs]
-        hidden_states = inputs_embeds
-        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        hidden_states, branch = inputs_embeds, None
+        layers = self.layers[: self.config.num_hidden_layers]
+        # A fused norm adds what it norms: a pass over memory less, where nobody looks at what leaves a layer.
+        fused = operations(hidden_states) is FUSED and not self.gradient_checkpointing
+        defer = fused and all(map(is_untouched, layers))
+        for i, layer in enumerate(layers):
             index = self.rotary_index[i]
             hidden_states = layer(
                 hidden_states,
@@ -260,10 +275,14 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
                 layout=layout,
                 lower_bounds=self.lower_bounds,
                 position_ids=position_ids,
+                branch=branch,
+                defer=defer,
                 **kwargs,
             )
+            if defer:
+                hidden_states, branch = hidden_states
         ops = operations(hidden_states)
-        _, hidden_states = ops.rms_norm(self.norm, hidden_states)
+        _, hidden_states = ops.rms_norm(self.norm, hidden_states, branch)
         if padding is not None:
             hidden_states = repeat_last_valid(hidden_states, padding)
         if settle is not None:
@@ -302,30 +321,6 @@ class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):
         if masks is None:
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         return masks, padding, reset, position_ids
-
-    def _check_ids(self, input_ids: torch.Tensor, at_once: bool):
-        """What raises if an id is outside of the vocabulary (see ``checks``), and ids that can be looked up meanwhile.
-
-        Args:
-            at_once: raise here; a cache must not see such ids.
-        """
-        if is_tracing(input_ids) or not input_ids.numel():
-            return None, input_ids
-        low, high = input_ids.aminmax()
-        # Whoever replaces the embedding (assisted decoding across vocabularies does) need not say how many rows it has.
-        size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
-
-        def error() -> ValueError:
-            return ValueError(
-                f"input_ids holds {int(low) if low < 0 else int(high)}, outside the vocabulary of {size}: check that the "
-                "tokenizer belongs to this model, or call resize_token_embeddings."
-            )
-
-        settle = ask((low < 0) | (high >= size), error)
-        if not at_once and input_ids.is_cuda:
-            return settle, input_ids.clamp(0, size - 1)
-        settle()
-        return None, input_ids
 
 
 class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin, GenerationMixin):

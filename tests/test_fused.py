@@ -277,3 +277,27 @@ def test_a_whole_model(mixer, case, monkeypatch):
         gradients.append(torch.cat([value.detach()[None], *(p.grad.flatten() for p in own.parameters())]).double())
     want, got = gradients
     assert (want - got).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_what_leaves_a_layer_is_whole_where_somebody_looks(monkeypatch):
+    """The fused path leaves a layer's last addition to the next norm, unless hidden states are recorded or a hook is there."""
+    model, ids = randomize(tiny_model("gla", "3-1", torch.float32, num_hidden_layers=3)), torch.randint(3, 101, (2, 11))
+    fresh = copy.deepcopy(model)  # recording hidden states leaves hooks behind
+    want = model(ids, use_cache=False, output_hidden_states=True)
+    for module in (attention, mixers, modeling_hybrid_linear):
+        monkeypatch.setattr(module, "operations", lambda x: fused)
+    left = []
+    run = modeling_hybrid_linear.HybridLinearDecoderLayer.forward
+    monkeypatch.setattr(
+        modeling_hybrid_linear.HybridLinearDecoderLayer,
+        "forward",
+        lambda self, *args, **kwargs: left.append(kwargs["defer"]) or run(self, *args, **kwargs),
+    )
+    torch.testing.assert_close(fresh(ids, use_cache=False).logits, want.logits, rtol=1e-5, atol=1e-5)
+    assert left == [True] * 3
+    seen = []
+    fresh.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    got = fresh(ids, use_cache=False, output_hidden_states=True)
+    assert left[3:] == [False] * 3
+    for a, b in zip([*got.hidden_states, got.logits, *seen], [*want.hidden_states, want.logits, want.hidden_states[2]]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
