@@ -82,3 +82,13 @@ def test_the_training_commands_speeds_are_those_of_the_result_file():
         for row, unit in ((models["ours"], " tokens/s"), (models["fla"], ""))
     )
     assert f"takes {ours}; fla's model, trained by the same code on the same batches, {fla}" in text
+
+
+def test_the_fine_tuning_figures_are_those_of_the_result_files():
+    after = {}
+    for method in ("full", "lora", "s0"):
+        metrics = json.loads((ROOT / f"benchmarks/results/finetune-{method}.json").read_text())["metrics"]
+        loss = {metric["metric"]: metric["value"] for metric in metrics}
+        after[method], before = f"{loss['loss_nats_after']:.2f}", f"{loss['loss_nats_before']:.2f}"
+    wanted = f"from {before} nats a token to {after['full']} in full, {after['lora']} by LoRA, and {after['s0']} by initial states"
+    assert wanted in " ".join(TEXT.split())
