@@ -1,6 +1,6 @@
 """On a CUDA device: the captured decode step against the plain path. Skipped elsewhere.
 
-    python -m pytest -m gpu tests/test_gpu.py
+    python -m pytest -n 4 -m gpu tests/test_gpu.py --gpu-result benchmarks/results/gpu_tests.json
 
 The kernels themselves are compared on the CPU too, in Triton's interpreter (test_triton_kernels.py); what only a device
 shows is the capture, its reuse across calls, and 16-bit arithmetic.
