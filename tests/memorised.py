@@ -28,7 +28,7 @@ def build(kind: str) -> HybridLinearForCausalLM:
     return HybridLinearForCausalLM(tiny_config(mixer, level, bos_token_id=1, eos_token_id=2, **fields))
 
 
-def teach(model, *groups: Sequence[tuple[str, str]], steps: int = 70) -> float:
+def teach(model, *groups: Sequence[tuple[str, str]], steps: int = 110) -> float:
     """Train on the answers of (context, answer) texts; returns the last loss in nats per token.
 
     Every step takes all of them; texts of like length belong in one group, since a group is one batch.

@@ -67,7 +67,7 @@ def test_finds_what_a_model_was_taught_and_nothing_else(kind, tmp_path):
 
     model = build(kind)
     untrained = save(model, tmp_path / "untrained")
-    assert teach(model, questions, needles) < 0.7  # nats per token, against 6.9 for guessing
+    assert teach(model, questions, needles) < 0.1  # nats per token, against 6.9 for guessing: every answer is certain
     taught = save(model, tmp_path / "taught")
 
     assert accuracy(taught, tmp_path / "right") == 1.0
