@@ -151,13 +151,18 @@ def test_greedy_on_the_device_ends_where_the_library_does(which):
     assert torch.equal(torch.cat((prompt, got), 1), want)
 
 
-@pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize(
-    "options",
-    [dict(), dict(temperature=0.7, top_k=20), dict(top_p=0.8, top_k=0), dict(min_p=0.05, top_k=0), dict(repetition_penalty=1.3)],
-    ids=lambda options: "-".join(options) or "plain",
-)  # fmt: skip
-def test_sampling_draws_what_the_library_draws(options, ends, monkeypatch):
+    "ends,options",
+    [
+        (False, dict()),
+        (True, dict(temperature=0.7, top_k=20)),
+        (True, dict(top_p=0.8, top_k=0)),
+        (True, dict(min_p=0.05, top_k=0)),
+        (True, dict(repetition_penalty=1.3)),
+    ],
+    ids=["plain", "temperature", "top-p", "min-p", "penalty"],
+)
+def test_sampling_draws_what_the_library_draws(ends, options, monkeypatch):
     """The same tokens, and the same random numbers left for what comes after, on the device or (penalties) off it."""
     monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))
     model = tiny_model("gla", "pure", torch.float32, num_hidden_layers=2)
