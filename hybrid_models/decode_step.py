@@ -1,9 +1,9 @@
 """One token for a whole batch, as a fixed list of Triton launches that a CUDA graph replays.
 
-generate() opens a session around the library's own sampling loop: the prompt goes through the model as always, into a
-dynamic cache; the session copies that into buffers at fixed addresses, and every further token is one replay of the
-graph. At the end what a caller may see, a returned or a user's cache, is copied back. Tokens, scores, processors and
-streamers are the library's business, unchanged.
+generate() opens a session: the prompt goes through the model as always, into a dynamic cache; the session copies that into
+buffers at fixed addresses, and every further token is one replay of the graph. At the end what a caller may see, a returned
+or a user's cache, is copied back. Greedy search, and sampling with the usual warpers, choose the token inside the graph;
+where scores, other processors or streamers are asked for, the library's own loop runs around the step, unchanged.
 
 The first token after a session opens runs without a graph, which compiles the kernels; the second one is captured. Steps
 are kept per model and shape (see ``MAX_STEPS``) and given back with the model, or by ``release``.

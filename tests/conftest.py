@@ -30,7 +30,9 @@ def pytest_terminal_summary(terminalreporter, config):
             rows.append(
                 {"test": report.nodeid.split("::")[-1], "outcome": outcome, "seconds": round(report.duration, 2)}
             )
-    counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("passed", "failed", "skipped")}
+    counts = {
+        outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("passed", "failed", "error", "skipped")
+    }
     command = " ".join(["python -m pytest", *config.invocation_params.args])
     found = {"command": command, **environment(), **counts, "tests": sorted(rows, key=lambda row: row["test"])}
     Path(path).write_text(json.dumps(found, indent=1) + "\n")

@@ -184,6 +184,20 @@ def test_sampling_draws_what_the_library_draws(ends, options, monkeypatch):
     assert not ends or results[0].shape[1] < 18  # so that something was drawn in vain
 
 
+def test_a_processor_of_ones_own_takes_the_librarys_loop(monkeypatch):
+    class Bare:
+        __slots__ = ()  # and so without vars()
+
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill(torch.arange(scores.shape[1]) % 2 == 0, float("-inf"))
+
+    monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))
+    monkeypatch.setenv("HYBRID_LINEAR_BACKEND", "triton")
+    model = tiny_model("gla", "pure", torch.float32, num_hidden_layers=2)
+    written = model.generate(tokens(2, 4), do_sample=True, max_new_tokens=3, logits_processor=[Bare()], pad_token_id=1)
+    assert (written[:, 4:] % 2 == 1).all()
+
+
 def test_sampling_refuses_what_is_not_a_number(monkeypatch):
     monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))
     monkeypatch.setenv("HYBRID_LINEAR_BACKEND", "triton")
