@@ -6,7 +6,9 @@ outputs come back in; gates, their sums and the states stay in float32. fla-core
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from .recurrence import chunk as torch_chunk
 from .triton_kernels import triton
 
 MAX_KEY_WIDTH = 256  # of the delta rules' kernels
+CHUNK = 64  # tokens; fla's own
 
 
 def why_not(
@@ -120,6 +123,9 @@ def _call(q, k, v, log_decay, beta, state, dtype, scale, boundaries=None, final=
     elif beta is None:
         kernel = _kernel("chunk_simple_gla", k.shape[-1], v.shape[-1])
         if log_decay is not None and _is_fixed(log_decay):
+            # The parts below the public functions are those of 0.6, and may mean something else in another version.
+            known = sys.modules["fla"].__version__.startswith("0.6.")
+            kernel = _fixed_decay if known else kernel
             shared["g_gamma"] = log_decay[0, 0].float()
         else:
             shared["g"] = None if log_decay is None else log_decay.float().contiguous()
@@ -133,6 +139,59 @@ def _call(q, k, v, log_decay, beta, state, dtype, scale, boundaries=None, final=
         shared |= dict(g=log_decay.float(), beta=beta.float())
     o, state = kernel(**shared)
     return (o if wanted else None), state
+
+
+@torch.compiler.disable
+def _fixed_decay(q, k, v, g_gamma, scale, initial_state, output_final_state, cu_seqlens):
+    """``chunk_simple_gla`` with ``g_gamma`` [H], bit for bit, in less memory traffic."""
+    return _FixedDecay.apply(q, k, v, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+
+
+class _FixedDecay(torch.autograd.Function):
+    """fla's kernels for one decay per head, but what the backward keeps of the states is in q's dtype, not in float32.
+
+    A state for every 64 tokens is most of what that backward moves. The kernels that read the stored states round them to
+    q's dtype before they multiply, so nothing changes; the states that are carried from chunk to chunk stay in float32. (With
+    gates, the products of states that their gradient sums are not rounded: there fla's own float32 stays.)
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, scale, state, final, boundaries):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        rate = log_decay * (1 / math.log(2))  # the kernels take powers of two
+        kept = dict(g_gamma=rate, cu_seqlens=boundaries, chunk_size=CHUNK)
+        indices = None if boundaries is None else _inner("utils").prepare_chunk_indices(boundaries, CHUNK)
+        states, last = _states(k, v, state, kept, final)
+        o = _inner("common.chunk_o").chunk_fwd_o(q=q, k=k, v=v, h=states, scale=scale, chunk_indices=indices, **kept)
+        ctx.save_for_backward(q, k, v, state, indices)
+        ctx.scale, ctx.kept = scale, kept
+        return o, last
+
+    @staticmethod
+    def backward(ctx, grad, grad_last):
+        q, k, v, state, indices = ctx.saved_tensors
+        grad = grad.contiguous()
+        shared = dict(q=q, k=k, do=grad, scale=ctx.scale, **ctx.kept)
+        states, _ = _states(k, v, state, ctx.kept, False)
+        grads, first = _inner("common.chunk_h").chunk_bwd_dh(
+            v=v, h0=state, dht=grad_last, states_in_fp32=False, **shared
+        )
+        outputs = _inner("common.chunk_o")
+        dq, dk, _, _ = outputs.chunk_bwd_dqkwg(v=v, h=states, dh=grads, chunk_indices=indices, **shared)
+        dv = outputs.chunk_bwd_dv(dh=grads, chunk_indices=indices, **shared)
+        return dq, dk, dv, None, None, first, None, None
+
+
+def _states(k, v, state, kept: dict, final: bool):
+    """The state before each chunk [B, T / CHUNK, H, K, V] in k's dtype, and the last one in float32 or None."""
+    return _inner("common.chunk_h").chunk_fwd_h(
+        k=k, v=v, h0=state, output_final_state=final, states_in_fp32=False, **kept
+    )
+
+
+def _inner(module: str):
+    """A module of fla.ops, under its public functions."""
+    return importlib.import_module(f"fla.ops.{module}")
 
 
 def _kernel(name: str, key_width: int = 0, value_width: int = 0):

@@ -233,6 +233,41 @@ def test_fla_laws_are_the_reference(law, documents, width):
         check_close(a, b, 2e-2, 3e-3)  # bfloat16 rounds by up to 2e-3; products of three such, summed
 
 
+@pytest.mark.parametrize("width", [64, 256], ids="wide-{}".format)
+@pytest.mark.parametrize("documents", [False, True])
+def test_fixed_decay_is_flas_own_to_the_bit(documents, width):
+    """States that are stored in 16 bits for the backward change nothing, for the kernels round them when they read them."""
+    pytest.importorskip("fla")
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    from hybrid_models.fla_kernels import chunk
+
+    g = torch.Generator().manual_seed(5)
+    B, T, H, K, V = (1 if documents else 3), 333, 2, width, 2 * width
+    boundaries = torch.tensor([0, 5, 70, 333]).cuda() if documents else None
+    leaves = [torch.randn(B, T, H, n, generator=g).cuda().bfloat16() for n in (K, K, V)]
+    if not documents:
+        leaves.append(torch.randn(B, H, K, V, generator=g).cuda())
+    decay = torch.log1p(-torch.exp2(-5.0 - torch.arange(H))).cuda()
+    weights = [torch.randn(*shape, generator=g).cuda() for shape in ((B, T, H, V), (3, H, K, V))]
+
+    def run(law):
+        own = [x.clone().requires_grad_() for x in leaves]
+        o, last = law(*own)
+        kept = 1 if documents else B  # ours is the state after the row, theirs that of each document
+        ((o * weights[0]).sum() + (last * weights[1])[-kept:].sum()).backward()
+        return o, last[-kept:], *(x.grad for x in own)
+
+    scale = dict(scale=K**-0.5)
+    got = run(
+        lambda q, k, v, *state: chunk(q, k, v, decay.expand(B, T, H), None, *state, boundaries=boundaries, **scale)
+    )
+    options = dict(g_gamma=decay, output_final_state=True, cu_seqlens=boundaries, **scale)
+    want = run(lambda q, k, v, state=None: chunk_simple_gla(q, k, v, initial_state=state, **options))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("case", ["plain", "padded", "packed"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_fused_and_fla_agree_with_torch_in_training(mixer, case, monkeypatch):
