@@ -1,16 +1,19 @@
 """What a long context costs: prefill, decoding and cache, for the six levels of attention of one mixer.
 
     python -m benchmarks.context                                             # 1.3B GatedDeltaNet, 512 to 131072 tokens
+    python -m benchmarks.context --levels 6-1,full --peers ''
 
 Prefill goes through the model in pieces of 8192 tokens; decoding through generate() on that cache, batch 1, as the difference
 of two calls (see ``benchmarks.decode``). ``cache_bytes`` is what the cache's tensors hold, ``formula_bytes`` what the
-configuration says. Times are for random weights: what is computed does not depend on them.
+configuration says. Times are for random weights: what is computed does not depend on them. The peers, fla's own model at
+6-1 and transformers' Llama of its size, generate after the whole prompt, in shorter runs (``benchmarks.peers``).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
 
 import torch
@@ -21,7 +24,9 @@ from hybrid_models.decode_step import release
 from hybrid_models.info import cache_bytes, expected_cache_bytes
 from hybrid_models.suite import cell_config
 
-from .decode import build, generate_seconds, read_bandwidth, step_bytes
+from . import peers
+from .decode import PEER_LONG, PEER_SHORT, build, generate_seconds, read_bandwidth, step_bytes, step_milliseconds
+from .prefill import prefill_seconds
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
 PIECE = 8192
@@ -66,6 +71,28 @@ def measure(model, tokens: int, bandwidth: float, repeats: int) -> dict:
     }
 
 
+def measure_peer(who: str, cell: str, contexts: list[int]) -> dict:
+    """As ``measure``, without the cache; a context that fails becomes a row that says why."""
+    rows = {}
+    model = getattr(peers, who)(cell, use_cache=True).eval()
+    if who == "fla":
+        peers.replay(cell)
+    for tokens in contexts:
+        ids = torch.randint(3, model.config.vocab_size, (1, tokens), device="cuda")
+        try:
+            seconds = statistics.median(prefill_seconds(model, ids, 1))
+            steps = step_milliseconds(model, ids, 1, (PEER_SHORT, PEER_LONG), do_sample=False)
+        except (RuntimeError, TypeError, ValueError) as error:
+            rows[tokens] = {"error": str(error).strip().splitlines()[0][:300]}
+            print(f"{who:5s} {tokens:7,d} tokens: {rows[tokens]['error']}", flush=True)
+            continue
+        rows[tokens] = {"prefill_s": seconds, "prefill_tokens_per_s": tokens / seconds, "decode_ms": steps[0]}
+        print(f"{who:5s} {tokens:7,d} tokens: prefill {seconds:.3f} s, decode {steps[0]:.3f} ms", flush=True)
+    del model
+    torch.cuda.empty_cache()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.3B-100B")
@@ -73,14 +100,16 @@ def main() -> None:
     parser.add_argument("--levels", default="pure,24-1,12-1,6-1,3-1,full")
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", default="fla,llama", help="timed beside ours (default %(default)s)")
     args = parser.parse_args()
+    contexts = list(map(int, args.contexts.split(",")))
     bandwidth = read_bandwidth()
     result = {"dtype": "bfloat16", "batch": 1, "read_tb_s": bandwidth / 1e12, "mixer": args.mixer, "levels": {}}
     for level in args.levels.split(","):
         name = {"full": "Transformer-seed1", "pure": f"{args.mixer}-pure"}.get(level, f"{args.mixer}-hybrid-{level}")
         model = build(cell_config(f"{args.size}-{name}"))
         rows = result["levels"][level] = {}
-        for tokens in map(int, args.contexts.split(",")):
+        for tokens in contexts:
             row = rows[tokens] = measure(model, tokens, bandwidth, args.repeats)
             print(
                 f"{level:5s} {tokens:7,d} tokens: prefill {row['prefill_s']:.3f} s, decode {row['decode_ms']:.3f} ms, "
@@ -89,6 +118,10 @@ def main() -> None:
             )
         del model
         torch.cuda.empty_cache()
+    result["peers"] = {
+        who: measure_peer(who, f"{args.size}-{args.mixer}-hybrid-6-1", contexts)
+        for who in filter(None, args.peers.split(","))
+    }
     write_result("context", {"size": args.size, **result})
 
 

@@ -135,11 +135,13 @@ def main() -> None:
     args = parser.parse_args()
     bandwidth = read_bandwidth()
     batches = [int(batch) for batch in args.batches.split(",")]
-    cells = {}
+    cells, timed = {}, {}
     for cell in args.cells.split(","):
         cells[cell] = measure(cell, batches, bandwidth)
         for who in filter(None, args.peers.split(",")):
-            cells[cell][who] = measure_peer(who, cell, batches)
+            same = who, cell.split("-")[0] if who == "llama" else cell  # Llama's size is all that it has of a cell
+            timed[same] = timed.get(same) or measure_peer(who, cell, batches)
+            cells[cell][who] = timed[same]
     write_result(args.name, {"dtype": "bfloat16", "prompt": PROMPT, "read_tb_s": bandwidth / 1e12, "cells": cells})
 
 

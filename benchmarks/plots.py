@@ -32,6 +32,7 @@ COLOURS = {
     "full": "#d95f02",
 }
 LABELS = {"pure": "no attention", "full": "Transformer"}
+PEERS = {"fla": ("6-1", "fla's 6-1"), "llama": ("full", "transformers' Llama")}  # the level that each is, and its name
 STYLE = {
     "svg.hashsalt": "hybrid_models",  # the same numbers give the same file
     "font.size": 9,
@@ -45,7 +46,7 @@ STYLE = {
 
 
 def context(result: dict, path: Path) -> None:
-    """Decoding, prefill and cache against the context, one line per level."""
+    """Decoding, prefill and cache against the context, one line per level, dotted ones for the peers."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     panels = (
         ("decode_ms", 1.0, "decoding, ms a token"),
@@ -64,13 +65,18 @@ def context(result: dict, path: Path) -> None:
                 color=COLOURS[level],
                 label=LABELS.get(level, level),
             )
+        for who, rows in result.get("peers", {}).items():
+            level, label = PEERS[who]
+            points = [(int(n), row[field] * unit) for n, row in rows.items() if field in row]
+            if points:
+                axis.plot(*zip(*points), ":", lw=1.5, color=COLOURS[level], label=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(tokens, [f"{n // 1024}k" if n >= 1024 else str(n) for n in tokens])
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.set_title(title)
         axis.set_xlabel("tokens in context")
-    axes[0].legend(loc="upper left", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.suptitle(
         f"{result['size'].split('-')[0]} {result['mixer']}, {result['dtype']}, batch 1, {result['device']}", fontsize=9
     )
