@@ -157,26 +157,25 @@ class _FixedDecay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, scale, state, final, boundaries):
+        _, outputs, chunks_of = _parts()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         rate = log_decay * (1 / math.log(2))  # the kernels take powers of two
         kept = dict(g_gamma=rate, cu_seqlens=boundaries, chunk_size=CHUNK)
-        indices = None if boundaries is None else _inner("utils").prepare_chunk_indices(boundaries, CHUNK)
+        indices = None if boundaries is None else chunks_of(boundaries, CHUNK)
         states, last = _states(k, v, state, kept, final)
-        o = _inner("common.chunk_o").chunk_fwd_o(q=q, k=k, v=v, h=states, scale=scale, chunk_indices=indices, **kept)
+        o = outputs.chunk_fwd_o(q=q, k=k, v=v, h=states, scale=scale, chunk_indices=indices, **kept)
         ctx.save_for_backward(q, k, v, state, indices)
         ctx.scale, ctx.kept = scale, kept
         return o, last
 
     @staticmethod
     def backward(ctx, grad, grad_last):
+        carried, outputs, _ = _parts()
         q, k, v, state, indices = ctx.saved_tensors
         grad = grad.contiguous()
         shared = dict(q=q, k=k, do=grad, scale=ctx.scale, **ctx.kept)
         states, _ = _states(k, v, state, ctx.kept, False)
-        grads, first = _inner("common.chunk_h").chunk_bwd_dh(
-            v=v, h0=state, dht=grad_last, states_in_fp32=False, **shared
-        )
-        outputs = _inner("common.chunk_o")
+        grads, first = carried.chunk_bwd_dh(v=v, h0=state, dht=grad_last, states_in_fp32=False, **shared)
         dq, dk, _, _ = outputs.chunk_bwd_dqkwg(v=v, h=states, dh=grads, chunk_indices=indices, **shared)
         dv = outputs.chunk_bwd_dv(dh=grads, chunk_indices=indices, **shared)
         return dq, dk, dv, None, None, first, None, None
@@ -184,14 +183,21 @@ class _FixedDecay(torch.autograd.Function):
 
 def _states(k, v, state, kept: dict, final: bool):
     """The state before each chunk [B, T / CHUNK, H, K, V] in k's dtype, and the last one in float32 or None."""
-    return _inner("common.chunk_h").chunk_fwd_h(
-        k=k, v=v, h0=state, output_final_state=final, states_in_fp32=False, **kept
-    )
+    return _parts()[0].chunk_fwd_h(k=k, v=v, h0=state, output_final_state=final, states_in_fp32=False, **kept)
 
 
-def _inner(module: str):
-    """A module of fla.ops, under its public functions."""
-    return importlib.import_module(f"fla.ops.{module}")
+def _parts():
+    """Below fla's public functions: the modules of the states and of the outputs, and what finds chunks in packed rows."""
+    try:
+        from fla.ops.common import chunk_h, chunk_o
+        from fla.ops.utils import prepare_chunk_indices
+    except ImportError as error:
+        raise _broken(error) from error
+    return chunk_h, chunk_o, prepare_chunk_indices
+
+
+def _broken(error: ImportError) -> RuntimeError:
+    return RuntimeError(f"fla-core does not import ({error}): reinstall it, or set HYBRID_LINEAR_BACKEND=torch.")
 
 
 def _kernel(name: str, key_width: int = 0, value_width: int = 0):
@@ -203,9 +209,7 @@ def _kernel(name: str, key_width: int = 0, value_width: int = 0):
         from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as error:
-        raise RuntimeError(
-            f"fla-core does not import ({error}): reinstall it, or set HYBRID_LINEAR_BACKEND=torch."
-        ) from error
+        raise _broken(error) from error
     _limit_search(name, key_width, value_width)
     return {
         "chunk_delta_rule": chunk_delta_rule,
