@@ -260,6 +260,7 @@ LARGE = {
     "chunk_fwd_kernel_h": (dict(BK=128, BV=128), 4, 3),
 }
 WIDE = {
+    "chunk_bwd_kernel_dv": ({}, 4, 2),  # more stages do not fit the shared memory
     "chunk_bwd_kernel_dv_local": ({}, 4, 3),
     "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": (dict(BV=32), 4, 2),
     "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": (dict(BV=32), 4, 3),

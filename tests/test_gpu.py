@@ -183,11 +183,12 @@ def test_these_bounds_have_teeth():
         check_close((1.01 * want).bfloat16(), want, 1e-2, 3e-3)
 
 
-@pytest.mark.parametrize("width", [64, 128], ids="wide-{}".format)
+@pytest.mark.parametrize("width", [64, 128, 256], ids="wide-{}".format)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("law", ["vector", "fixed", "channel", "none-delta", "head-delta"])
 def test_fla_laws_are_the_reference(law, documents, width):
-    """Outputs and all gradients against the float64 reference on the same rounded numbers; heads of 128 take other tiles."""
+    """Outputs and all gradients against the float64 reference on the same rounded numbers; heads of 128 take other tiles,
+    those of 256 (GLA, RetNet and GatedDeltaNet at 1.3B) yet others."""
     pytest.importorskip("fla")
     from hybrid_models.fla_kernels import chunk
     from hybrid_models.layout import TokenLayout
