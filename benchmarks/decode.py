@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--cells", default="340M-20B-GatedDeltaNet-hybrid-6-1,1.3B-100B-GatedDeltaNet-hybrid-6-1")
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--peers", default="fla,llama", help="timed beside ours (default %(default)s)")
+    parser.add_argument("--peers-for", help="cells that the peers are timed at (default: all)")
     parser.add_argument("--name", default="decode", help="name of the result file")
     args = parser.parse_args()
     bandwidth = read_bandwidth()
@@ -138,7 +139,7 @@ def main() -> None:
     cells, timed = {}, {}
     for cell in args.cells.split(","):
         cells[cell] = measure(cell, batches, bandwidth)
-        for who in filter(None, args.peers.split(",")):
+        for who in filter(None, args.peers.split(",")) if cell in (args.peers_for or args.cells).split(",") else ():
             same = who, cell.split("-")[0] if who == "llama" else cell  # Llama's size is all that it has of a cell
             timed[same] = timed.get(same) or measure_peer(who, cell, batches)
             cells[cell][who] = timed[same]
