@@ -25,7 +25,8 @@ def check(cell: str, batch: int, length: int, how: str) -> dict:
     done = subprocess.run([*command, "--batch", str(batch), "--length", str(length)], capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout)["check_memory"]
+    start = done.stdout.index("{\n")  # TileLang logs to the standard output, before it
+    return json.JSONDecoder().raw_decode(done.stdout, start)[0]["check_memory"]
 
 
 def main() -> None:

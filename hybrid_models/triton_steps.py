@@ -32,7 +32,8 @@ def _gated_step_kernel(
     at = state_ptr + tl.program_id(0) * (K * V) + keys[:, None] * V + values[None, :]
     inside = in_k[:, None] & in_v[None, :]
     _let_next_begin(EARLY)
-    state = tl.load(at, mask=inside, other=0.0)
+    if EARLY:
+        state = tl.load(at, mask=inside, other=0.0)
     _wait_for_inputs(EARLY)
     y = y_ptr + row * y_stride
     q = tl.load(y + Q_AT + head * K + keys, mask=in_k, other=0.0)
@@ -65,6 +66,8 @@ def _gated_step_kernel(
             rest = tl.load(c_ptr + head * K + keys, mask=in_k, other=0.0)
             decay = tl.load(a_ptr + head * K + keys, mask=in_k, other=0.0) + rest * f
             k = rest * k
+    if not EARLY:  # not while a gate is worked out, which with a wide block of the state is more than the registers hold
+        state = tl.load(at, mask=inside, other=0.0)
     state = state * decay[:, None] + tl.where(in_k, k, 0.0)[:, None] * v[None, :]
     tl.store(at, state, mask=inside)
     o = tl.sum(state * (tl.where(in_k, q, 0.0) * scale)[:, None], axis=0)
