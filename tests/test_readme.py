@@ -59,6 +59,35 @@ def test_decode_times_are_those_of_the_result_file():
         assert shown == [f"{figure:.2f}" for figure in (*figures, many["greedy"]["ms_per_step"])]
 
 
+def test_the_sentences_on_speed_say_what_the_result_files_do():
+    decode, context, cold = (
+        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        for name in ("decode", "context", "cold_start")
+    )
+    one, two = list(decode["cells"].values())[:2]
+    fla, llama = ([cell[who]["1"]["ms_per_step"] for cell in (one, two)] for who in ("fla", "llama"))
+    at = {
+        (level, tokens): context["levels"][level][tokens]["decode_ms"]
+        for level in ("6-1", "full")
+        for tokens in ("32768", "131072")
+    }
+    waits = [sum(row[part] for part in ("import_s", "build_s", "first_s"))
+             for phase in ("generation", "training") for row in cold[phase].values()]  # fmt: skip
+    imports = next(iter(cold["generation"].values()))["import_s"]
+    text = " ".join(TEXT.split())
+    for said in (
+        f"take {fla[0]:.0f} and {fla[1]:.0f} ms a token, and transformers' Llama of their sizes {llama[0]:.0f} and {llama[1]:.0f}.",
+        f"With 32,768 tokens behind it a token of the 6-1 hybrid takes {at['6-1', '32768']:.2f} ms and one of the "
+        f"Transformer {at['full', '32768']:.2f}; with 131,072, {at['6-1', '131072']:.2f} and {at['full', '131072']:.1f}.",
+        f"comes after {waits[0]:.1f} s, {imports:.1f} of them imports",
+        f"ends after {waits[1]:.0f} s with GatedDeltaNet and {waits[2]:.0f} s with GLA",
+    ):
+        assert said in text
+    assert all(
+        row["cache_bytes"] == row["formula_bytes"] for rows in context["levels"].values() for row in rows.values()
+    )
+
+
 def test_training_speeds_are_those_of_the_result_file():
     result = json.loads((ROOT / "benchmarks/results/train_step.json").read_text())
     cells = r"^\| `([\w.-]+)` \| (\d+) \| (\d+) \| ([\d.]+) \| (\d+)% \| ([\d.]+) \| ([\d.]+) \|$"
