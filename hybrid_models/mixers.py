@@ -79,18 +79,21 @@ class ShortConvolution(nn.Conv1d):
         B, T, C = x.shape
         width = self.kernel_size[0] - 1
         inputs = torch.cat((x.new_zeros(B, width, C) if window is None else window.to(x.dtype), x), 1)
-        taps = full_precision(self.weight)[:, 0].t()  # [kernel, C]
-        wide = inputs.to(taps.dtype)
-        if reset is None:
-            y = wide[:, width:] * taps[width]
-            for w in range(width):
-                y = torch.addcmul(y, wide[:, w : w + T], taps[w])
-            return y, inputs
-        document = F.pad(reset.cumsum(1), (width, 0))
+        weight = full_precision(self.weight)
+        wide = inputs.to(weight.dtype)
+        if reset is None and T > 2 * width and wide.device.type == "cpu" and wide.dtype == torch.float32:
+            # One pass by oneDNN, to which tokens are the pixels of an image one row high, channels last; a tap at a time
+            # takes a pass each. (It has no float64, and elsewhere TF32 might be let in.)
+            y = F.conv2d(wide.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2), groups=C)
+            return y.squeeze(2).transpose(1, 2), inputs
+        taps = weight[:, 0].t()  # [kernel, C]
+        document = None if reset is None else F.pad(reset.cumsum(1), (width, 0))
         y = wide[:, width:] * taps[width]
         for w in range(width):
-            same = document[:, w : w + T] == document[:, width:]
-            y = torch.addcmul(y, wide[:, w : w + T] * same[:, :, None], taps[w])
+            past = wide[:, w : w + T]
+            if document is not None:
+                past = past * (document[:, w : w + T] == document[:, width:])[:, :, None]
+            y = torch.addcmul(y, past, taps[w])
         return y, inputs
 
 

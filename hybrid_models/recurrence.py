@@ -201,14 +201,14 @@ def _chunk_matrix(q, k, v, log_decay, beta, state, scale, reset):
     C = min(DELTA_CHUNK_SIZE if beta is not None else CHUNK_SIZE, 1 << (T - 1).bit_length())
     N = -(-T // C)
 
-    def to_chunks(x):  # [B, T, H, ...] -> [B, H, N, C, ...]; the padding at the end is invalid tokens (all zeros)
+    def to_chunks(x):  # [B, T, H, ...] -> [N, B, H, C, ...]; the padding at the end is invalid tokens (all zeros)
         if x is None:
             return None
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, N * C - T)) if N * C != T else x
-        return x.unflatten(1, (N, C)).movedim(3, 1).contiguous()
+        return x.unflatten(1, (N, C)).movedim((1, 3), (0, 2)).contiguous()
 
     q, k, v, log_decay, beta = (to_chunks(x) for x in (None if q is None else q * scale, k, v, log_decay, beta))
-    segments = _Segments(None if reset is None else F.pad(reset, (0, N * C - T)).unflatten(1, (N, C)))
+    segments = _Segments(None if reset is None else F.pad(reset, (0, N * C - T)).unflatten(1, (N, C)).movedim(1, 0))
 
     b = None if log_decay is None else log_decay.cumsum(3)  # log of the decay since the chunk's start, inclusive
     if b is None:
@@ -218,30 +218,29 @@ def _chunk_matrix(q, k, v, log_decay, beta, state, scale, reset):
         b_end = b_key[:, :, :, -1:]
         q_in = None if q is None else q * b_key.exp()
         k_out = k * (b_end - b_key).exp()
-        state_decay = b_end.exp().transpose(-1, -2)  # [B, H, N, K or 1, 1]
+        state_decay = b_end.exp().transpose(-1, -2)  # [N, B, H, K or 1, 1]
     q_in, k_out, state_decay = segments.carry(q_in, k_out, state_decay)
     if state is None:
         state = v.new_zeros(B, H, K, v.shape[-1])
 
-    if beta is not None:
-        o, state = _delta_rule(q, k, v, b, beta, state, q_in, k_out, state_decay, segments)
+    pair_decay = None if per_channel else _pair_decay(b, k, segments)
+    u, w = (v, None) if beta is None else _solve_writes(k, v, b, beta, pair_decay, segments)
+    u, o, state = _across_chunks(u, w, q_in, k_out, state_decay, state)
+    if q is None:
+        return None, state
+    if per_channel:
+        o = o.view_as(v) + _pairs_by_halves(q, k, v, b, segments)
     else:
-        at_start, state = _carry_states(k_out.transpose(-1, -2) @ v, state_decay, state)
-        if q is None:
-            return None, state
-        if per_channel:
-            o = _pairs_by_halves(q, k, v, b, segments)
-        else:
-            o = ((q @ k.transpose(-1, -2)) * _pair_decay(b, k, segments)) @ v
-        o = o + q_in @ at_start
-    return (None if o is None else o.movedim(1, 3).flatten(1, 2)[:, :T]), state
+        scores = (q @ k.transpose(-1, -2)) * pair_decay
+        o = torch.baddbmm(o.flatten(0, 1), scores.flatten(0, 2), u.flatten(0, -3)).view_as(v)
+    return o.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T], state
 
 
 class _Segments:
-    """Which tokens of a chunk belong together when documents are packed (``reset`` [B, N, C]); no-op for None."""
+    """Which tokens of a chunk belong together when documents are packed (``reset`` [N, B, C]); no-op for None."""
 
-    def __init__(self, reset_BNC):
-        self.ids = None if reset_BNC is None else reset_BNC.cumsum(-1)[:, None]  # [B, 1, N, C], 0: began before
+    def __init__(self, reset_NBC):
+        self.ids = None if reset_NBC is None else reset_NBC.cumsum(-1)[:, :, None]  # [N, B, 1, C], 0: began before
 
     def carry(self, q_in, k_out, state_decay):
         """Only the first document of a chunk reads the incoming state, only the last one adds to the outgoing."""
@@ -254,23 +253,41 @@ class _Segments:
         return q_in, k_out * last[..., None], state_decay
 
     def same(self):
-        """[B, 1, N, C, C] True where two tokens are of one document."""
+        """[N, B, 1, C, C] True where two tokens are of one document."""
         return self.ids[..., :, None] == self.ids[..., None, :]
 
 
-def _carry_states(written, state_decay, state):
-    """States [B, H, N, K, V] at every chunk's start, and after the last, from what each chunk writes."""
-    decays = [None] * written.shape[2] if state_decay is None else state_decay.unbind(2)
-    at_start = []
-    # unbind, not indexing: the gradient of n slices is n tensors of full size, and the step quadratic in length.
-    for write, decay in zip(written.unbind(2), decays, strict=True):
-        at_start.append(state)
-        state = write + (state if decay is None else state * decay)
-    return torch.stack(at_start, 2), state
+def _across_chunks(u, w, q_in, k_out, state_decay, state):
+    """Carry the state from chunk to chunk.
+
+    Args:
+        u: [N, B, H, C, V], what the tokens write, less, with w [N, B, H, C, K], what the state before them holds already.
+
+    Returns:
+        What was written [N, B * H, C, V] (u itself without w), what the states before each chunk answer to q_in (None without
+        it), and the last state [B, H, K, V].
+    """
+
+    def each(
+        x,
+    ):  # unbind, not indexing: the gradient of n slices is n tensors of full size, the step quadratic in length
+        return [None] * len(u) if x is None else x.expand(*u.shape[:3], -1, -1).flatten(1, 2).unbind(0)
+
+    shape, state = state.shape, state.flatten(0, 1)
+    writes, answers = [], []
+    per_chunk = zip(*map(each, (u, w, q_in, k_out.transpose(-1, -2), state_decay)), strict=True)
+    for write, hold, ask, key, decay in per_chunk:
+        if hold is not None:
+            write = torch.baddbmm(write, hold, state, alpha=-1)
+            writes.append(write)
+        if ask is not None:
+            answers.append(ask @ state)
+        state = torch.baddbmm(state if decay is None else state * decay, key, write)
+    return (torch.stack(writes) if writes else u), (torch.stack(answers) if answers else None), state.view(shape)
 
 
 def _pair_decay(b, k, segments):
-    """[B, H, N, C, C] decay from token j to token i >= j of a chunk; 0 for j > i or another document."""
+    """[N, B, H, C, C] decay from token j to token i >= j of a chunk; 0 for j > i or another document."""
     C = k.shape[-2]
     keep = torch.ones(C, C, dtype=torch.bool, device=k.device).tril()
     if segments.ids is not None:
@@ -282,7 +299,7 @@ def _pair_decay(b, k, segments):
 
 
 def _pairs_by_halves(q, k, v, b, segments):
-    """Output [B, H, N, C, V] of the pairs inside a chunk when every key channel decays by itself.
+    """Output [N, B, H, C, V] of the pairs inside a chunk when every key channel decays by itself.
 
     A chunk is halved until single tokens remain. Between two halves, both sides refer their decay to the border, so
     that the two exponents, border to i and j to border, are both <= 0; a product over the whole chunk, exp(b_i) times
@@ -311,32 +328,23 @@ def _pairs_by_halves(q, k, v, b, segments):
     return o
 
 
-def _delta_rule(q, k, v, b, beta, state, q_in, k_out, state_decay, segments):
-    """What a token writes depends on what the chunk's earlier tokens wrote: (I + L) u = beta (v - k S), solved at once.
+def _solve_writes(k, v, b, beta, pair_decay, segments):
+    """What a token writes depends on what the chunk's earlier tokens wrote: (I + L) x = beta (v - k S), solved at once.
 
     L is strictly lower triangular; a triangular solve is stable also for near-identical keys and beta up to 2, where
     the Neumann series of the inverse overflows.
+
+    Returns:
+        u [N, B, H, C, V] and w [N, B, H, C, K], such that a chunk that begins with the state S writes u - w S.
     """
     k_beta = k * beta[..., None]
     k_in = k_beta if b is None else k_beta * b.exp()[..., None]
-    k_in, _, _ = segments.carry(k_in, k_out, state_decay)
-    pair_decay = _pair_decay(b, k, segments)
+    k_in, _, _ = segments.carry(k_in, k_in, None)
     # The solver reads the strictly lower triangle only.
     system = (k_beta @ k.transpose(-1, -2)) * pair_decay
     right = torch.cat((v * beta[..., None], k_in), -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    u, w = (x.unbind(2) for x in solved.split((v.shape[-1], k.shape[-1]), -1))
-    k_out = k_out.transpose(-1, -2).unbind(2)
-    decays = [None] * len(u) if state_decay is None else state_decay.unbind(2)
-    writes, at_start = [], []
-    for n, decay in enumerate(decays):
-        at_start.append(state)
-        writes.append(u[n] - w[n] @ state)
-        state = (state if decay is None else state * decay) + k_out[n] @ writes[n]
-    if q is None:
-        return None, state
-    scores = (q @ k.transpose(-1, -2)) * pair_decay
-    return scores @ torch.stack(writes, 2) + q_in @ torch.stack(at_start, 2), state
+    return solved.split((v.shape[-1], k.shape[-1]), -1)
 
 
 # --------------------------------------------------------------------------------------------------- chunk, vector state

@@ -7,6 +7,7 @@ rows): both sides add at most some hundred terms of order one, in another order.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -94,6 +95,28 @@ def test_short_convolution(kernel, documents):
         parts,
         [conv],
     )
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_the_convolution_is_its_formula(kernel, begun):
+    """y_t = sum_w taps_w x_(t - kernel + 1 + w) in float64, for lengths on both sides of where oneDNN takes over."""
+    for dtype, tokens in itertools.product((torch.float32, torch.bfloat16, torch.float64), (1, 2 * kernel - 2, 50)):
+        conv = ShortConvolution(24, kernel)
+        x = torch.randn(B, tokens, 24).to(dtype).requires_grad_()
+        window = torch.randn(B, kernel - 1, 24).to(dtype) if begun else None
+        y, inputs = conv.to(dtype)(x, window)
+        before = torch.zeros(B, kernel - 1, 24) if window is None else window
+        seen = torch.cat((before.double(), x.double()), 1)
+        taps = conv.weight[:, 0].double()
+        want = torch.stack([(seen[:, t : t + kernel] * taps.t()).sum(1) for t in range(tokens)], 1)
+        assert y.dtype == torch.promote_types(dtype, torch.float32) and torch.equal(inputs.double(), seen)
+        weight = torch.randn(B, tokens, 24)
+        grads = [torch.autograd.grad((out * weight).sum(), (x, conv.weight)) for out in (want, y)]
+        for a, b in zip((y, *grads[1]), (want, *grads[0]), strict=True):
+            # Four products added up in float32; gradients come back in 8 bits where x has them.
+            tolerance = 1e-2 if b.dtype == torch.bfloat16 else 1e-12 if dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
 def test_a_convolution_goes_on_from_its_inputs():
