@@ -223,16 +223,19 @@ def _chunk_matrix(q, k, v, log_decay, beta, state, scale, reset):
     if state is None:
         state = v.new_zeros(B, H, K, v.shape[-1])
 
-    pair_decay = None if per_channel else _pair_decay(b, k, segments)
-    u, w = (v, None) if beta is None else _solve_writes(k, v, b, beta, pair_decay, segments)
-    u, o, state = _across_chunks(u, w, q_in, k_out, state_decay, state)
+    u, w, pair_decay = v, None, None
+    if not per_channel and (q is not None or beta is not None):
+        pair_decay = _pair_decay(b, k, segments)
+    if beta is not None:
+        u, w = _solve_writes(k, v, b, beta, pair_decay, segments)
+    written, o, state = _across_chunks(u, w, q_in, k_out, state_decay, state)
     if q is None:
         return None, state
     if per_channel:
         o = o.view_as(v) + _pairs_by_halves(q, k, v, b, segments)
     else:
         scores = (q @ k.transpose(-1, -2)) * pair_decay
-        o = torch.baddbmm(o.flatten(0, 1), scores.flatten(0, 2), u.flatten(0, -3)).view_as(v)
+        o = torch.baddbmm(o.flatten(0, 1), scores.flatten(0, 2), written.flatten(0, 1)).view_as(v)
     return o.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T], state
 
 
@@ -264,13 +267,12 @@ def _across_chunks(u, w, q_in, k_out, state_decay, state):
         u: [N, B, H, C, V], what the tokens write, less, with w [N, B, H, C, K], what the state before them holds already.
 
     Returns:
-        What was written [N, B * H, C, V] (u itself without w), what the states before each chunk answer to q_in (None without
-        it), and the last state [B, H, K, V].
+        What was written (without w: u), what the states before each chunk answer to q_in (None without it), both
+        [N, B * H, C, V], and the last state [B, H, K, V].
     """
 
-    def each(
-        x,
-    ):  # unbind, not indexing: the gradient of n slices is n tensors of full size, the step quadratic in length
+    def each(x):
+        # unbind, not indexing: the gradient of n slices is n tensors of full size, and the step quadratic in length.
         return [None] * len(u) if x is None else x.expand(*u.shape[:3], -1, -1).flatten(1, 2).unbind(0)
 
     shape, state = state.shape, state.flatten(0, 1)
@@ -283,7 +285,8 @@ def _across_chunks(u, w, q_in, k_out, state_decay, state):
         if ask is not None:
             answers.append(ask @ state)
         state = torch.baddbmm(state if decay is None else state * decay, key, write)
-    return (torch.stack(writes) if writes else u), (torch.stack(answers) if answers else None), state.view(shape)
+    written, answers = (torch.stack(rows) if rows else None for rows in (writes, answers))
+    return u.flatten(1, 2) if written is None else written, answers, state.view(shape)
 
 
 def _pair_decay(b, k, segments):
