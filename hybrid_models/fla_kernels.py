@@ -6,7 +6,6 @@ outputs come back in; gates, their sums and the states stay in float32. fla-core
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 import os
@@ -270,45 +269,59 @@ WIDE = {
 
 
 def _limit_search(name: str, key_width: int, value_width: int) -> None:
-    """Leave every autotuned kernel of fla one configuration: the tuned one, else 4 warps and 2 stages or the nearest to it.
+    """Leave every autotuned kernel of fla the tuned configuration; on cards where none was tuned, a choice of at most three.
 
     Trying all of them takes four minutes before the first training step; HYBRID_LINEAR_SEARCH=1 keeps the search, for
     long runs on other cards.
     """
-    filled = key_width > 0 and key_width % 128 == 0 and value_width % 128 == 0
-    large = filled and torch.cuda.get_device_capability()[0] == 9  # where it was tried
+    hopper = torch.cuda.get_device_capability()[0] == 9  # where the tables are from
+    large = hopper and key_width > 0 and key_width % 128 == 0 and value_width % 128 == 0
     now = (name == "chunk_gla", key_width > 128, large, len(sys.modules))
     if os.environ.get("HYBRID_LINEAR_SEARCH") == "1" or now == _limited:
         return
     if now not in _chosen:
         wanted = TUNED | (PER_CHANNEL if now[0] else {}) | (WIDE if now[1] else {})
-        _chosen[now] = choices(wanted, LARGE if large else None)
+        _chosen[now] = choices(wanted, LARGE if large else None, alternatives=not hopper)
     configure(_chosen[now], now)
 
 
-def choices(wanted: dict[str, tuple[dict, int, int]], beyond: dict[str, tuple[dict, int, int]] | None = None) -> list:
-    """Every autotuned kernel of fla that is imported, with the one configuration that it is to have.
+def choices(
+    wanted: dict[str, tuple[dict, int, int]],
+    beyond: dict[str, tuple[dict, int, int]] | None = None,
+    alternatives: bool = False,
+) -> list[tuple]:
+    """Every autotuned kernel of fla that is imported, with the configurations that it is to have.
 
     Args:
         wanted: by the kernel's name; the ``nearest`` of fla's own is taken.
         beyond: by name, before ``wanted``, what fla's own need not contain.
+        alternatives: add the usual one and the smallest, for the autotuner to try: what fits one card's shared memory may
+            be too much for another's, and the autotuner passes over what does not fit.
     """
     chosen = []
     for kernel in autotuners():
         name, configs = kernel.base_fn.__name__, _all_configs.setdefault(id(kernel), kernel.configs)
         kwargs, warps, stages = (beyond or {}).get(name, ({}, 4, 2))
         if kwargs and all(config.kwargs.keys() == kwargs.keys() for config in configs):
-            chosen.append((kernel, triton.Config(dict(kwargs), num_warps=warps, num_stages=stages)))
+            kept = [triton.Config(dict(kwargs), num_warps=warps, num_stages=stages)]
         else:
-            chosen.append((kernel, nearest(configs, wanted.get(name))))
+            kept = [nearest(configs, wanted.get(name))]
+        if alternatives:
+            kept += [nearest(configs, None), min(configs, key=_size)]
+        chosen.append((kernel, list({id(config): config for config in kept}.values())))
     return chosen
+
+
+def _size(config) -> tuple[int, int]:
+    """What its shared memory grows with: elements of a tile, stages."""
+    return math.prod(value for value in config.kwargs.values() if isinstance(value, int)), config.num_stages
 
 
 def configure(chosen: list[tuple], state: tuple | None = None) -> None:
     """Put ``choices`` in place; the next call of ``chunk`` puts its own, unless they are these (``state``)."""
     global _limited
-    for kernel, config in chosen:
-        kernel.configs = [config]
+    for kernel, configs in chosen:
+        kernel.configs = configs
     _limited = state
 
 
