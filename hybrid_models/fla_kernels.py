@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .recurrence import _drop_invalid, _scale
 from .recurrence import chunk as torch_chunk
@@ -142,22 +143,25 @@ def _call(q, k, v, log_decay, beta, state, dtype, scale, boundaries=None, final=
 
 @torch.compiler.disable
 def _fixed_decay(q, k, v, g_gamma, scale, initial_state, output_final_state, cu_seqlens):
-    """``chunk_simple_gla`` with ``g_gamma`` [H], bit for bit, in less memory traffic."""
-    return _FixedDecay.apply(q, k, v, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+    """``chunk_simple_gla`` with ``g_gamma`` [H] in less memory traffic."""
+    with torch.cuda.device(q.device):
+        return _FixedDecay.apply(q, k, v, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
 
 
 class _FixedDecay(torch.autograd.Function):
     """fla's kernels for one decay per head, but what the backward keeps of the states is in q's dtype, not in float32.
 
     A state for every 64 tokens is most of what that backward moves. The kernels that read the stored states round them to
-    q's dtype before they multiply, so nothing changes; the states that are carried from chunk to chunk stay in float32. (With
+    q's dtype before they multiply, so nothing changes, to the bit on Hopper (where shared memory is scarcer fla's tiles follow
+    the dtype, and sums their order); the states that are carried from chunk to chunk stay in float32. (With
     gates, the products of states that their gradient sums are not rounded: there fla's own float32 stays.)
     """
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, scale, state, final, boundaries):
         _, outputs, chunks_of = _parts()
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the kernels go by shapes alone
+        state = None if state is None else state.contiguous()
         rate = log_decay * (1 / math.log(2))  # the kernels take powers of two
         kept = dict(g_gamma=rate, cu_seqlens=boundaries, chunk_size=CHUNK)
         indices = None if boundaries is None else chunks_of(boundaries, CHUNK)
@@ -168,10 +172,12 @@ class _FixedDecay(torch.autograd.Function):
         return o, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, grad_last):
         carried, outputs, _ = _parts()
         q, k, v, state, indices = ctx.saved_tensors
-        grad = grad.contiguous()
+        _limit_search("chunk_simple_gla", k.shape[-1], v.shape[-1])  # layers above may have left their own
+        grad, grad_last = grad.contiguous(), None if grad_last is None else grad_last.contiguous()
         shared = dict(q=q, k=k, do=grad, scale=ctx.scale, **ctx.kept)
         states, _ = _states(k, v, state, ctx.kept, False)
         grads, first = carried.chunk_bwd_dh(v=v, h0=state, dht=grad_last, states_in_fp32=False, **shared)

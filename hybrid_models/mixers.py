@@ -58,6 +58,9 @@ class HybridLinearRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+ONEDNN = torch.backends.mkldnn.is_available()  # without it torch's own convolution is slower than a tap at a time
+
+
 class ShortConvolution(nn.Conv1d):
     """Causal depthwise convolution over time; the last tap is the current token. No bias, no activation."""
 
@@ -81,10 +84,12 @@ class ShortConvolution(nn.Conv1d):
         inputs = torch.cat((x.new_zeros(B, width, C) if window is None else window.to(x.dtype), x), 1)
         weight = full_precision(self.weight)
         wide = inputs.to(weight.dtype)
-        if reset is None and T > 2 * width and wide.device.type == "cpu" and wide.dtype == torch.float32:
+        plain = reset is None and T > 2 * width and wide.device.type == "cpu" and wide.dtype == torch.float32
+        if plain and ONEDNN:
             # One pass by oneDNN, to which tokens are the pixels of an image one row high, channels last; a tap at a time
-            # takes a pass each. (It has no float64, and elsewhere TF32 might be let in.)
-            y = F.conv2d(wide.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2), groups=C)
+            # takes a pass each. (It has no float64, and elsewhere TF32 might be let in, as autocast would let in bfloat16.)
+            with torch.autocast("cpu", enabled=False):
+                y = F.conv2d(wide.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2), groups=C)
             return y.squeeze(2).transpose(1, 2), inputs
         taps = weight[:, 0].t()  # [kernel, C]
         document = None if reset is None else F.pad(reset.cumsum(1), (width, 0))

@@ -66,9 +66,8 @@ def _gated_step_kernel(
             rest = tl.load(c_ptr + head * K + keys, mask=in_k, other=0.0)
             decay = tl.load(a_ptr + head * K + keys, mask=in_k, other=0.0) + rest * f
             k = rest * k
-    if (
-        not EARLY
-    ):  # not while a gate is worked out, which with a wide block of the state is more than the registers hold
+    # GLA works its gate out of a block of weights: with that and a wide block of the state the registers spill.
+    if not EARLY:
         state = tl.load(at, mask=inside, other=0.0)
     state = state * decay[:, None] + tl.where(in_k, k, 0.0)[:, None] * v[None, :]
     tl.store(at, state, mask=inside)

@@ -10,6 +10,7 @@ import socket
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hybrid_models.modeling_hybrid_linear import HybridLinearDecoderLayer
@@ -28,10 +29,11 @@ def trained(mixer: str, level: str, checkpointing: bool, rank: int = 0, processe
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if processes > 1:
+        mesh = init_device_mesh("cpu", (processes,))
         for module in list(model.modules()):
             if isinstance(module, HybridLinearDecoderLayer):
-                fully_shard(module)
-        fully_shard(model)
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     # Plain steps: an adaptive one blows rounding up where a gradient is nearly nothing.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +55,6 @@ def _one_process(rank: int, processes: int, port: int, directory: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
-    torch.distributed.device_mesh.init_device_mesh("cpu", (processes,))
     found = {(*model, again): trained(*model, again, rank, processes) for model in MODELS for again in (False, True)}
     torch.save(found, f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
