@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hybrid_models.results import environment
@@ -28,6 +28,32 @@ def time_in_turn(functions: dict[str, Callable], repeats: int = 5) -> dict[str, 
             function()
             times[name].append(time.perf_counter() - start)
     return {name: {"median_s": statistics.median(t), "min_s": min(t), "max_s": max(t)} for name, t in times.items()}
+
+
+def rows_of(title: str, make: Callable, cases: Iterable, measure: Callable) -> dict:
+    """``measure(model, case)``, a dictionary, for every case of the model that ``make()`` builds.
+
+    Peers fail in ways that are not ours to mend: what does becomes {"error": why} in its place, and the rest goes on.
+    """
+    rows: dict = {}
+
+    def attempt(place, function, *args):
+        try:
+            return function(*args)
+        except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            print(f"{title} {place}: {reason}", flush=True)
+            return {"error": reason}
+
+    model = attempt("cannot be built", make)
+    if isinstance(model, dict):
+        return model
+    for case in cases:
+        rows[case] = attempt(case, measure, model, case)
+        if "error" not in rows[case]:
+            figures = (f"{name} {value:.4g}" for name, value in rows[case].items() if isinstance(value, float))
+            print(f"{title} {case:,d}:", *figures, flush=True)
+    return rows
 
 
 def write_result(name: str, result: dict) -> None:

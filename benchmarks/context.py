@@ -19,7 +19,7 @@ import time
 import torch
 from transformers import DynamicCache
 
-from benchmarks.common import write_result
+from benchmarks.common import rows_of, write_result
 from hybrid_models.decode_step import release
 from hybrid_models.info import cache_bytes, expected_cache_bytes
 from hybrid_models.suite import cell_config
@@ -72,23 +72,15 @@ def measure(model, tokens: int, bandwidth: float, repeats: int) -> dict:
 
 
 def measure_peer(who: str, cell: str, contexts: list[int]) -> dict:
-    """As ``measure``, without the cache; a context that fails becomes a row that says why."""
-    rows = {}
-    model = getattr(peers, who)(cell, use_cache=True).eval()
-    if who == "fla":
-        peers.replay(cell)
-    for tokens in contexts:
+    """As ``measure``, without the cache."""
+
+    def measure_one(model, tokens):
         ids = torch.randint(3, model.config.vocab_size, (1, tokens), device="cuda")
-        try:
-            seconds = statistics.median(prefill_seconds(model, ids, 1))
-            steps = step_milliseconds(model, ids, 1, (PEER_SHORT, PEER_LONG), do_sample=False)
-        except (RuntimeError, TypeError, ValueError) as error:
-            rows[tokens] = {"error": str(error).strip().splitlines()[0][:300]}
-            print(f"{who:5s} {tokens:7,d} tokens: {rows[tokens]['error']}", flush=True)
-            continue
-        rows[tokens] = {"prefill_s": seconds, "prefill_tokens_per_s": tokens / seconds, "decode_ms": steps[0]}
-        print(f"{who:5s} {tokens:7,d} tokens: prefill {seconds:.3f} s, decode {steps[0]:.3f} ms", flush=True)
-    del model
+        seconds = statistics.median(prefill_seconds(model, ids, 1))
+        steps = step_milliseconds(model, ids, 1, (PEER_SHORT, PEER_LONG), do_sample=False)
+        return {"prefill_s": seconds, "prefill_tokens_per_s": tokens / seconds, "decode_ms": steps[0]}
+
+    rows = rows_of(f"{who:5s} tokens", lambda: peers.for_inference(who, cell), contexts, measure_one)
     torch.cuda.empty_cache()
     return rows
 

@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from benchmarks.common import write_result
+from benchmarks.common import rows_of, write_result
 from hybrid_models import HybridLinearForCausalLM
 from hybrid_models.suite import cell_config
 
@@ -79,21 +79,14 @@ def step_milliseconds(model, ids, repeats: int = 5, lengths=(SHORT, LONG), **opt
 
 
 def measure_peer(who: str, cell: str, batches: list[int]) -> dict:
-    """Greedy milliseconds per step; an exception becomes a row that says so."""
-    rows = {}
-    try:
-        model = getattr(peers, who)(cell, use_cache=True).eval()
-        if who == "fla":
-            peers.replay(cell)
-        for batch in batches:
-            ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT), device="cuda")
-            steps = step_milliseconds(model, ids, 3, (PEER_SHORT, PEER_LONG), do_sample=False)
-            rows[batch] = {"ms_per_step": statistics.median(steps), "min_ms": steps[0], "max_ms": steps[-1]}
-            print(f"{cell:40s} batch {batch:3d}: {who} {rows[batch]['ms_per_step']:.3f} ms", flush=True)
-    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
-        rows["error"] = str(error).strip().splitlines()[0][:300]
-        print(f"{cell:40s} {who}: {rows['error']}", flush=True)
-    return rows
+    """Greedy milliseconds per step for each batch."""
+
+    def measure_one(model, batch):
+        ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT), device="cuda")
+        steps = step_milliseconds(model, ids, 3, (PEER_SHORT, PEER_LONG), do_sample=False)
+        return {"ms_per_step": statistics.median(steps), "min_ms": steps[0], "max_ms": steps[-1]}
+
+    return rows_of(f"{cell:40s} {who} batch", lambda: peers.for_inference(who, cell), batches, measure_one)
 
 
 def measure(cell: str, batches: list[int], bandwidth: float) -> dict:
@@ -136,10 +129,11 @@ def main() -> None:
     args = parser.parse_args()
     bandwidth = read_bandwidth()
     batches = [int(batch) for batch in args.batches.split(",")]
+    beside = (args.peers_for or args.cells).split(",")
     cells, timed = {}, {}
     for cell in args.cells.split(","):
         cells[cell] = measure(cell, batches, bandwidth)
-        for who in filter(None, args.peers.split(",")) if cell in (args.peers_for or args.cells).split(",") else ():
+        for who in filter(None, args.peers.split(",") if cell in beside else ()):
             same = who, cell.split("-")[0] if who == "llama" else cell  # Llama's size is all that it has of a cell
             timed[same] = timed.get(same) or measure_peer(who, cell, batches)
             cells[cell][who] = timed[same]

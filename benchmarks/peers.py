@@ -49,6 +49,14 @@ def llama(cell: str, dtype: torch.dtype = torch.bfloat16, use_cache: bool = Fals
     return model.to(dtype).train()
 
 
+def for_inference(who: str, cell: str):
+    """ "fla" or "llama" of a cell with its cache, its kernels configured."""
+    model = {"fla": fla, "llama": llama}[who](cell, use_cache=True).eval()
+    if who == "fla":
+        replay(cell)
+    return model
+
+
 def _attend(q, k, v, **_):
     """flash_attn_func without padding: q [B, T, H, D] of one query, or as many as keys; causal."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from benchmarks.common import write_result
+from benchmarks.common import rows_of, write_result
 from hybrid_models.suite import cell_config
 
 from . import peers
@@ -38,23 +38,18 @@ def prefill_seconds(model, ids, repeats: int = 5) -> list[float]:
 
 
 def measure(who: str, cell: str, batch: int, lengths: list[int]) -> dict:
-    """Seconds per prompt length; a length that fails becomes a row that says why."""
-    rows = {}
-    model = (build(cell_config(cell)) if who == "ours" else getattr(peers, who)(cell, use_cache=True)).eval()
-    if who == "fla":
-        peers.replay(cell)
-    for length in lengths:
+    """Seconds for each length of prompt."""
+
+    def make():
+        return build(cell_config(cell)) if who == "ours" else peers.for_inference(who, cell)
+
+    def measure_one(model, length):
         ids = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
-        try:
-            times = prefill_seconds(model, ids)
-        except (RuntimeError, TypeError, ValueError) as error:
-            rows[length] = {"error": str(error).strip().splitlines()[0][:300]}
-            print(f"{who:6s} {length:6d} tokens: {rows[length]['error']}", flush=True)
-            continue
+        times = prefill_seconds(model, ids)
         median = statistics.median(times)
-        rows[length] = {"s": median, "s_range": [times[0], times[-1]], "tokens_per_s": ids.numel() / median}
-        print(f"{who:6s} {length:6d} tokens: {1e3 * median:8.2f} ms, {ids.numel() / median:9.0f} tokens/s", flush=True)
-    del model
+        return {"s": median, "s_range": [times[0], times[-1]], "tokens_per_s": ids.numel() / median}
+
+    rows = rows_of(f"{who:6s} tokens", make, lengths, measure_one)
     torch.cuda.empty_cache()
     return rows
 

@@ -249,11 +249,14 @@ class _Segments:
         """Only the first document of a chunk reads the incoming state, only the last one adds to the outgoing."""
         if self.ids is None:
             return q_in, k_out, state_decay
-        first, last = self.ids == 0, self.ids == self.ids[..., -1:]
-        keeps = first[..., -1:, None]
-        q_in = None if q_in is None else q_in * first[..., None]
+        last, keeps = self.ids == self.ids[..., -1:], self.ids[..., -1:, None] == 0
+        q_in = None if q_in is None else self.first(q_in)
         state_decay = keeps.to(k_out.dtype) if state_decay is None else state_decay * keeps
         return q_in, k_out * last[..., None], state_decay
+
+    def first(self, x):
+        """x [N, B, H, C, *], zero but in the first document of a chunk."""
+        return x if self.ids is None else x * (self.ids == 0)[..., None]
 
     def same(self):
         """[N, B, 1, C, C] True where two tokens are of one document."""
@@ -342,10 +345,9 @@ def _solve_writes(k, v, b, beta, pair_decay, segments):
     """
     k_beta = k * beta[..., None]
     k_in = k_beta if b is None else k_beta * b.exp()[..., None]
-    k_in, _, _ = segments.carry(k_in, k_in, None)
     # The solver reads the strictly lower triangle only.
     system = (k_beta @ k.transpose(-1, -2)) * pair_decay
-    right = torch.cat((v * beta[..., None], k_in), -1)
+    right = torch.cat((v * beta[..., None], segments.first(k_in)), -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     return solved.split((v.shape[-1], k.shape[-1]), -1)
 
