@@ -33,6 +33,7 @@ SIZES = {  # hidden size: (layers, MLP width, heads of the mixer, width of a hea
     1024: (6, 2816, 4, 256, 16),
 }
 VOCAB = 8192
+DENSE = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
 TOKENS = 2048
 
 
@@ -90,11 +91,11 @@ def decode(model, ids, cache, tokens: int = 20):
 
 
 def matmul_share(function) -> float:
-    """Share of a call's CPU time in dense matrix products of the projections (aten::mm, aten::addmm)."""
+    """Share of a call's CPU time in dense matrix products of the projections."""
     with profile() as profiler:
         function()
     events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    return sum(events.get(f"aten::{name}", 0) for name in ("mm", "addmm")) / sum(events.values())
+    return sum(events.get(name, 0) for name in DENSE) / sum(events.values())
 
 
 def compare(hidden: int, repeats: int) -> dict:

@@ -12,6 +12,7 @@ import itertools
 
 import torch
 
+from hybrid_models.triton_attention import attend
 from hybrid_models.triton_kernels import linear_rows
 from hybrid_models.triton_steps import delta_step
 
@@ -110,12 +111,40 @@ def tune_delta(rows, d) -> None:
     kernels._value_block = original
 
 
+def tune_attention(rows, d, length) -> None:
+    heads, D = d // 128, 128
+    bytes_ = 4 * rows * length * d
+    copies = max(2, min(8, int(4e8 // bytes_)))
+    caches = [torch.randn(2, rows, heads, length, D, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    y, o = torch.randn(rows, 3 * d, device="cuda"), torch.zeros(rows, d, device="cuda")
+    valid, position = torch.ones(rows, length, device="cuda", dtype=torch.bool), torch.zeros(rows, device="cuda").long()
+    last, inv_freq = torch.tensor(length - 1, device="cuda"), torch.ones(D // 2, device="cuda")
+    found = []
+    for splits, *config in itertools.product((16, 32, 64, 128), (16, 32, 64), (4, 8), (1, 2, 3)):
+        if not 256 <= splits * rows * heads <= 4096:
+            continue
+        partial = torch.zeros(rows * heads * splits, D + 2, device="cuda")
+        time = graph_microseconds(
+            lambda i: attend(y, *caches[i], valid, last, position, inv_freq, partial, o, heads, config=config),
+            copies,
+            3,
+        )
+        found.append((time, (splits, *config)))
+    found.sort()
+    text = ", ".join(f"{config} {time:.1f}" for time, config in found[:6])
+    print(
+        f"rows {rows:2d} attention {length:6d} tokens: best {found[0][0]:6.1f} us {bytes_ / found[0][0] / 1e6:.2f} TB/s | "
+        f"{text}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--mlp", type=int, default=0, help="default: 2.75 hidden")
     parser.add_argument("--rows", default="1,32")
-    parser.add_argument("--only", default="", help="names of shapes, comma-separated")
+    parser.add_argument("--only", default="", help="names of shapes, delta, attention; comma-separated")
     parser.add_argument("--activations", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
     print(torch.cuda.get_device_name())
@@ -123,7 +152,11 @@ def main() -> None:
         for name, (K, sizes, options) in shapes(args.hidden, args.mlp or args.hidden * 11 // 4, 32000).items():
             if not args.only or name in args.only.split(","):
                 tune_linear(name, rows, K, sizes, options, getattr(torch, args.activations))
-        tune_delta(rows, args.hidden)
+        if not args.only or "delta" in args.only.split(","):
+            tune_delta(rows, args.hidden)
+        if not args.only or "attention" in args.only.split(","):
+            for length in (2048, 32768) if rows > 1 else (2048, 32768, 131072):
+                tune_attention(rows, args.hidden, length)
 
 
 if __name__ == "__main__":

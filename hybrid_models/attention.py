@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_hybrid_linear import HybridLinearConfig
+from .dense import dense
 from .kernels import operations
 from .mixers import KeepsFloat32
 
@@ -103,7 +104,7 @@ class HybridLinearAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(o.flatten(2)), weights
+        return dense(self.o_proj, o.flatten(2)), weights
 
 
 __all__ = ["HybridLinearAttention", "RotaryPositions"]

@@ -7,11 +7,9 @@ states into them (``run``), and gives the cache what it would hold by then (``st
 from __future__ import annotations
 
 from .mixers import Gla, Hgrn, Hgrn2, LinearAttention, RetNet, gate_bounds
-from .triton_attention import attend
+from .triton_attention import attend, attention_splits
 from .triton_kernels import linear_rows
 from .triton_steps import delta_step, gated_step, vector_step
-
-SPLITS = 16  # shares of the keys per head; a power of two
 
 
 class LinearLayer:
@@ -112,7 +110,7 @@ class AttentionLayer:
         config, dtype = attention.config, base.embed_tokens.weight.dtype
         self.heads, heads, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
         self.keys, self.values = (zeros(batch, heads, max_len, width, dtype=dtype) for _ in range(2))
-        self.partial = zeros(batch * self.heads * SPLITS, width + 2)
+        self.partial = zeros(batch * self.heads * attention_splits(batch * self.heads, max_len), width + 2)
         self.weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
         self.width, self.out_width = sum(w.shape[0] for w in self.weights), self.heads * width
         self.rotary = base.rotary_embs[base.rotary_index[index]]

@@ -16,9 +16,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .dense import is_plain, is_untouched
 from .fused_kernels import (
     conv_backward,
     conv_backward_inside,
@@ -42,26 +42,6 @@ FOLLOWS = {"nothing": 0, "silu": 1, "unit": 2}
 TILE = 4096  # elements that a program of 4 warps holds at a time; fewer where it also holds sums or several inputs
 LONGEST_CONV = 4  # taps
 PROGRAMS = 1056  # of kernels that sum over rows: eight on each multiprocessor of an H100
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward on weights that are here, and nothing else.
-
-    Hooks say no, and so does a forward of its own, by which accelerate brings offloaded weights.
-    """
-    return "forward" not in vars(module) and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_plain(linear: nn.Module, bias: bool = False) -> bool:
-    """Whether multiplying by ``linear.weight`` is all that calling the module would do: no adapter, hook, or other bias."""
-    return (
-        type(linear) is nn.Linear
-        and (linear.bias is not None) == bias
-        and type(linear.weight.data) is torch.Tensor
-        and is_untouched(linear)
-    )
 
 
 def _tile(width: int, elements: int = TILE) -> tuple[int, int]:

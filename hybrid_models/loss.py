@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .checks import ask
+from .dense import product, product_over_rows
 from .fused_kernels import cross_entropy_kernel
 from .pointwise import compute_dtype
 from .triton_kernels import triton
@@ -42,14 +43,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS["cpu"]) // len(w))
         for start in range(0, len(x), step):
             rows = slice(start, start + step)
-            logits = x[rows] @ w.t()
+            logits = product(x[rows], w)
             losses[rows], dlogits = _block(logits, targets[rows], scale, needs_x or needs_w)
             if needs_x:
-                torch.mm(dlogits, w, out=dx[rows])
+                dx[rows] = product(dlogits, w.t())
             if needs_w and dlogits.is_cuda and dlogits.dtype != dw.dtype:
                 dw += torch.mm(dlogits.t(), x[rows], out_dtype=dw.dtype)
             elif needs_w:
-                dw += dlogits.t() @ x[rows]
+                dw += product_over_rows(dlogits, x[rows])
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = hidden.dtype, weight.dtype
         return losses.sum() * scale

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .cache import Segment, conv_window
+from .dense import dense
 from .kernels import operations, recurrence
 from .layout import TokenLayout
 from .pointwise import full_precision
@@ -203,7 +204,7 @@ class LinearAttention(KeepsFloat32):
                 segment = Segment(tokens, state, k, v, log_decay, beta, conv_inputs, layout.counts)
             window = None if conv_inputs is None else conv_window(conv_inputs, layout.lengths, tokens)
             cache.write(window, new_state, segment, tokens)
-        return layout.restore(self.o_proj(self.output(ops, o, ops.compute_dtype(x), gate)))
+        return layout.restore(dense(self.o_proj, self.output(ops, o, ops.compute_dtype(x), gate)))
 
     def output(self, ops, o: torch.Tensor, dtype: torch.dtype, gate: torch.Tensor | None) -> torch.Tensor:
         """[B, T, H * V] for the last projection, from what the law read, [B, T, H, V]: norm per head, gate."""

@@ -40,8 +40,8 @@ from .checks import check_ids
 from .configuration_hybrid_linear import HybridLinearConfig
 from .decode_step import active_session
 from .decoding import HybridGenerationMixin
+from .dense import dense, is_plain, is_untouched
 from .fused import OPERATIONS as FUSED
-from .fused import is_plain, is_untouched
 from .kernels import operations
 from .layout import (
     TokenLayout,
@@ -382,7 +382,7 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, targets, count, checked=True)
             settle()
         else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            logits = dense(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if labels is not None and not skip_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(

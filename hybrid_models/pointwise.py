@@ -11,6 +11,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from .dense import dense, is_untouched
+
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -35,7 +37,7 @@ def project(x, *groups):
     Returns:
         For each group its layer's output, or, of several, whatever the other functions of this module take as ``parts``.
     """
-    return [tuple(linear(x) for linear in group) if len(group) > 1 else group[0](x) for group in groups]
+    return [tuple(dense(linear, x) for linear in group) if len(group) > 1 else dense(group[0], x) for group in groups]
 
 
 def members(parts, counts):
@@ -111,7 +113,7 @@ def forget_gate(parts, bounds=None, scale=1.0, form="log", through=None):
         log a in float32 (float64), and what the form adds.
     """
     if through is not None:
-        parts = through(parts)
+        parts = dense(through, parts)
     z, f = (None, parts) if form == "log" else (full_precision(part.flatten(2)) for part in parts)
     log_a = F.logsigmoid(full_precision(f))
     if bounds is not None:
@@ -145,7 +147,10 @@ def rotate(parts, cos, sin, counts):
 
 def mlp(module, x):
     """The layer's SwiGLU module."""
-    return module(x)
+    if not is_untouched(module):
+        return module(x)
+    gate, up = module.act_fn(dense(module.gate_proj, x)), dense(module.up_proj, x)
+    return dense(module.down_proj, gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 # Passed around as one object, so that a layer names the operation and not who serves it.

@@ -337,19 +337,19 @@ def _pairs_by_halves(q, k, v, b, segments):
 def _solve_writes(k, v, b, beta, pair_decay, segments):
     """What a token writes depends on what the chunk's earlier tokens wrote: (I + L) x = beta (v - k S), solved at once.
 
-    L is strictly lower triangular; a triangular solve is stable also for near-identical keys and beta up to 2, where
-    the Neumann series of the inverse overflows.
+    L is strictly lower triangular, and substitution finds the inverse of I + L also for near-identical keys and beta up to
+    2, where the Neumann series overflows. Strengths and decays go to the inverse, C wide, rather than to k and v.
 
     Returns:
         u [N, B, H, C, V] and w [N, B, H, C, K], such that a chunk that begins with the state S writes u - w S.
     """
-    k_beta = k * beta[..., None]
-    k_in = k_beta if b is None else k_beta * b.exp()[..., None]
+    strength = beta[..., None]
     # The solver reads the strictly lower triangle only.
-    system = (k_beta @ k.transpose(-1, -2)) * pair_decay
-    right = torch.cat((v * beta[..., None], segments.first(k_in)), -1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    return solved.split((v.shape[-1], k.shape[-1]), -1)
+    system = (k @ k.transpose(-1, -2)) * (pair_decay * strength)
+    one = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)
+    hold = segments.first(strength if b is None else strength * b.exp()[..., None])
+    return (inverse * strength.mT) @ v, (inverse * hold.mT) @ k
 
 
 # --------------------------------------------------------------------------------------------------- chunk, vector state

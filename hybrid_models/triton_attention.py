@@ -1,8 +1,8 @@
 """Attention of the decode step: one new token per row over a static key/value cache of any filling.
 
 A row and head alone would leave most of a GPU idle, so the keys are split over programs (as in Flash-Decoding), each of
-which keeps its own softmax maximum and sum; a second launch merges them. The length is read on the device, so one captured
-graph serves every length.
+which keeps its own softmax maximum and sum; a second launch merges them. A head's programs take blocks of keys in turn: what
+is read at one time lies together, in few pages. The length is read on the device, so one captured graph serves every length.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ except ImportError:  # see triton_kernels
 def _attend_kernel(
     y_ptr, key_ptr, value_ptr, valid_ptr, length_ptr, position_ptr, freq_ptr, partial_ptr, y_stride, max_len, scale,
     rope_scale, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr,
-    BT: tl.constexpr, EARLY: tl.constexpr,
+    BT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One head's attention over one share of the keys; the share with the newest column also stores it."""
+    """One head's attention over one share of the keys; the share whose turn the newest column is also stores it."""
     _let_next_begin(EARLY)
     _wait_for_inputs(EARLY)
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
@@ -44,17 +44,12 @@ def _attend_kernel(
     k_new = (k_new + sign * tl.load(k_at + other, mask=in_d, other=0.0) * sin).to(store)
     v_new = tl.load(v_at + dims, mask=in_d, other=0.0).to(store)
 
-    columns = length + 1
-    share = (columns + SPLITS - 1) // SPLITS
-    share = (share + BT - 1) // BT * BT
-    start = split * share
-    end = tl.minimum(start + share, columns)
     base = (row * HK + group).to(tl.int64) * max_len * D
     best, total = -float("inf"), 0.0
     acc = tl.zeros((BD,), tl.float32)
-    for t in range(start, tl.minimum(end, length), BT):
+    for t in tl.range(split * BT, length, SPLITS * BT, num_stages=STAGES):
         times = t + tl.arange(0, BT)
-        in_t = times < tl.minimum(end, length)
+        in_t = times < length
         at = base + times.to(tl.int64)[:, None] * D + dims[None, :]
         inside = in_t[:, None] & in_d[None, :]
         keys = tl.load(key_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -69,7 +64,7 @@ def _attend_kernel(
         acc = acc * old + tl.sum(values * weights[:, None], axis=0)
         total = total * old + tl.sum(weights, axis=0)
         best = new_best
-    if (end == columns) & (start < columns):
+    if split == length // BT % SPLITS:
         score = tl.sum(k_new.to(tl.float32) * q, axis=0)
         new_best = tl.maximum(best, score)
         old, weight = tl.exp(best - new_best), tl.exp(score - new_best)
@@ -103,23 +98,39 @@ def _merge_splits_kernel(
     tl.store(o_ptr + row * o_stride + head * D + dims, o, mask=dims < D)
 
 
-def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_heads, rope_scale=1.0):
+def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_heads, rope_scale=1.0, config=None):
     """Attention of one new token per row over a static cache, which it is appended to.
 
     Args:
         y: [B, *] float32 with q [H * D], k, v [HK * D] side by side, not yet rotated.
         keys, values: [B, HK, max_len, D], column ``length`` written; valid: [B, max_len] bool.
         length: 0-dim integer tensor, columns before this token; position: [B] integer, rotary position of it.
-        partial: [B * H * splits, D + 2] float32 scratch, splits a power of two; o: [B, H * D] float32, written.
+        partial: [B * H * splits, D + 2] float32 scratch, splits a power of two (see ``attention_splits``).
+        o: [B, H * D] float32, written.
+        config: keys per block, warps and pipeline stages, instead of ``attention_config``'s.
     """
     B, HK, max_len, D = keys.shape
     splits = partial.shape[0] // (B * num_heads)
     BD = triton.next_power_of_2(D)
+    BT, warps, stages = config or attention_config(BD)
     _attend_kernel[(B * num_heads, splits)](
         y, keys, values, valid, length, position, inv_freq, partial, y.stride(0), max_len, D**-0.5, rope_scale,
-        num_heads, HK, D, splits, BD, max(16, 4096 // BD), num_warps=4, **early(y),
+        num_heads, HK, D, splits, BD, BT, stages, num_warps=warps, **early(y),
     )  # fmt: skip
     _merge_splits_kernel[(B * num_heads,)](partial, o, o.stride(0), num_heads, D, splits, BD, num_warps=2, **early(y))
 
 
-__all__ = ["attend"]
+def attention_config(width: int) -> tuple[int, int, int]:
+    """Keys per block, warps and pipeline stages, for heads of (a power of two) ``width``."""
+    return max(16, 4096 // width), 4, 1
+
+
+def attention_splits(heads: int, max_len: int) -> int:
+    """Programs that share the keys of each of ``heads`` heads (of all rows), for about 1000 in all; a power of two."""
+    splits = 1
+    while splits * heads < 1024 and splits * 64 < max_len:
+        splits *= 2
+    return splits
+
+
+__all__ = ["attend", "attention_splits"]

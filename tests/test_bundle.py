@@ -119,7 +119,7 @@ def test_weights_that_fail_the_certificate(source):
         ("mixers.py", lambda text: text + "\nraise RuntimeError('broken')\n", "load: RuntimeError: broken"),
         (
             "modeling_hybrid_linear.py",
-            lambda text: text.replace("self.lm_head(slice", "2 * self.lm_head(slice"),
+            lambda text: text.replace("dense(self.lm_head, slice", "2 * dense(self.lm_head, slice"),
             "logits: ",
         ),
     ],

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is for Linux and Windows")
 
-from hybrid_models import decode_step, decoding, triton_kernels  # noqa: E402
+from hybrid_models import decode_step, decoding, triton_attention, triton_kernels  # noqa: E402
 from hybrid_models.decode_step import DecodeStep, why_not, why_not_shape  # noqa: E402
 from hybrid_models.triton_kernels import linear_rows  # noqa: E402
 from tests.common import tiny_model, tokens  # noqa: E402
@@ -244,3 +244,37 @@ def test_adapters_are_never_bypassed(target):
     model = tiny_model("gla", "3-1", torch.float32)
     get_peft_model(model, LoraConfig(target_modules=[target]))
     assert "adapter" in why_not_shape(model)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 63, 64, 100])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_attention_over_blocks_in_turn(length, splits, normal):
+    """Against softmax in float64: blocks of 16 keys, with holes; the newest key is stored where it belongs."""
+    B, H, HK, D, max_len = 2, 4, 2, 8, 112
+    y, keys, values = normal(B, (H + 2 * HK) * D), normal(B, HK, max_len, D), normal(B, HK, max_len, D)
+    valid = normal(B, max_len) > -1
+    valid[:, length] = True
+    before = keys.clone(), values.clone()
+    position, inv_freq = torch.tensor([length, length + 3]), 1e4 ** (-torch.arange(0, D, 2) / D)
+    partial, o = torch.full((B * H * splits, D + 2), float("nan")), torch.zeros(B, H * D)
+    triton_attention.attend(
+        *(y, keys, values, valid, torch.tensor(length), position, inv_freq, partial, o, H), config=(16, 4, 1)
+    )
+    q, k, v = (x.unflatten(-1, (-1, D)) for x in y.split([H * D, HK * D, HK * D], -1))
+    angle = (position[:, None] * inv_freq).repeat(1, 2)[:, None]
+    q, k = (x * angle.cos() + torch.cat((-x[..., D // 2 :], x[..., : D // 2]), -1) * angle.sin() for x in (q, k))
+    wanted = [x.clone() for x in before]
+    wanted[0][:, :, length], wanted[1][:, :, length] = k, v
+    torch.testing.assert_close((keys, values), tuple(wanted), **CLOSE)
+    scores = torch.einsum("bhd,bhtd->bht", q, wanted[0].repeat_interleave(2, 1)).double() * D**-0.5
+    scores = scores.masked_fill(~valid[:, None], float("-inf"))[:, :, : length + 1]
+    right = torch.einsum(
+        "bht,bhtd->bhd", scores.softmax(-1), wanted[1].repeat_interleave(2, 1)[:, :, : length + 1].double()
+    )
+    torch.testing.assert_close(o, right.flatten(1).float(), **CLOSE)
+
+
+def test_splits_fill_a_card_and_no_more():
+    splits = triton_attention.attention_splits
+    assert splits(16, 131072) == 64 and splits(512, 131072) == 2 and splits(2048, 131072) == 1
+    assert splits(16, 256) == 4  # no program without keys when the buffer is full
