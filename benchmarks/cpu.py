@@ -1,13 +1,13 @@
 """On the CPU, beside transformers' own hybrid: prefill, training step, decode; growth with length; import time.
 
     python -m benchmarks.cpu                 # everything, about ten minutes on two cores
-    python -m benchmarks.cpu --only compare  # compare, law, growth or import
+    python -m benchmarks.cpu --only compare  # compare, dense, law, growth or import
 
 The peer is OLMo-Hybrid, the library's GatedDeltaNet hybrid with the same projections, convolution and gate as ours, on
-its torch fallback; both get the same sizes, one process, float32, two threads, and are timed in turn. Both spend most of
-a model's time in the same dense matrix products, which neither can make faster: ``matmul_share`` is the part of our time
-that they take, and ``bound`` is the ratio that would be reached if everything else took no time at all. ``law`` compares
-the chunk forms alone, where the difference is.
+its torch fallback; both get the same sizes, one process, float32, two threads, and are timed in turn. Most of a model's
+time goes into dense matrix products, which the peer leaves to MKL and we hand to oneDNN (``hybrid_models.dense``); ``dense``
+compares the two alone. ``matmul_share`` is the part of our time that they take, and ``bound`` is the ratio that would be
+reached if everything else took no time at all. ``law`` compares the chunk forms alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.profiler import profile
 from benchmarks.common import time_in_turn, write_result
 from hybrid_models import HybridLinearConfig, HybridLinearForCausalLM
 from hybrid_models.configuration_hybrid_linear import MIXERS
+from hybrid_models.dense import dense
 from hybrid_models.recurrence import chunk
 
 SIZES = {  # hidden size: (layers, MLP width, heads of the mixer, width of a head, attention heads)
@@ -124,6 +125,29 @@ def compare(hidden: int, repeats: int) -> dict:
     return out
 
 
+def dense_layers(width: int, repeats: int) -> dict:
+    """A square layer, as ``dense`` takes it and as nn.Linear does: many rows, with and without backward, and one row.
+
+    For one row the weights of a hundred layers come from memory in turn, as a model's do.
+    """
+    x, layer = torch.randn(1, TOKENS, width, requires_grad=True), torch.nn.Linear(width, width, bias=False)
+    row, layers = torch.randn(1, 1, width), [torch.nn.Linear(width, width, bias=False) for _ in range(100)]
+    calls = {"ours": dense, "linear": lambda layer, x: layer(x)}
+    out = {}
+    with torch.no_grad():
+        out["rows"] = time_in_turn({name: lambda f=f: f(layer, x) for name, f in calls.items()}, repeats)
+        out["one_row"] = time_in_turn(
+            {n: lambda f=f: [f(one, row) for one in layers] for n, f in calls.items()}, repeats
+        )
+    out["rows_backward"] = time_in_turn(
+        {n: lambda f=f: f(layer, x).sum().backward() for n, f in calls.items()}, repeats
+    )
+    for phase, times in out.items():
+        times["times_as_fast"] = times["linear"]["median_s"] / times["ours"]["median_s"]
+        print(f"dense {width:5d} wide {phase:17s} {times['times_as_fast']:5.2f} x", flush=True)
+    return out
+
+
 def law(length: int, repeats: int) -> dict:
     """The gated delta rule alone, forward and forward with backward: ours against the library's torch function."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -201,7 +225,7 @@ def import_seconds(repeats: int = 5) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", choices=["compare", "law", "growth", "import"], help="one part, not written to a file"
+        "--only", choices=["compare", "dense", "law", "growth", "import"], help="one part, not written to a file"
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed calls per figure (default 5)")
     args = parser.parse_args()
@@ -210,6 +234,7 @@ def main() -> None:
     start = time.time()
     parts = {
         "import": lambda: import_seconds(),
+        "dense": lambda: {width: dense_layers(width, args.repeats) for width in SIZES},
         "law": lambda: {length: law(length, args.repeats) for length in (2048, 8192)},
         "compare": lambda: {hidden: compare(hidden, args.repeats) for hidden in SIZES},
         "growth": lambda: {mixer: growth(mixer, args.repeats) for mixer in MIXERS},

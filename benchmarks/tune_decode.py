@@ -120,7 +120,7 @@ def tune_attention(rows, d, length) -> None:
     valid, position = torch.ones(rows, length, device="cuda", dtype=torch.bool), torch.zeros(rows, device="cuda").long()
     last, inv_freq = torch.tensor(length - 1, device="cuda"), torch.ones(D // 2, device="cuda")
     found = []
-    for splits, *config in itertools.product((16, 32, 64, 128), (16, 32, 64), (4, 8), (1, 2, 3)):
+    for splits, *config in itertools.product((1, 2, 4, 8, 16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2)):
         if not 256 <= splits * rows * heads <= 4096:
             continue
         partial = torch.zeros(rows * heads * splits, D + 2, device="cuda")

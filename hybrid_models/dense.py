@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 FEWEST_ROWS, LEAST_WEIGHT = 16, 1 << 17  # below both, the call itself takes the time
 HAS_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -44,10 +45,15 @@ def is_plain(linear: nn.Module, bias: bool = False) -> bool:
     )
 
 
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether the module is a layer's MLP and calling it does no more than its class says."""
+    return type(module) is LlamaMLP and is_untouched(module)
+
+
 def dense(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``linear(x)``."""
     weight = getattr(linear, "weight", None)
-    if not _served(x, weight) or not (is_plain(linear) or is_plain(linear, bias=True)):
+    if weight is None or not _served(x, weight) or not (is_plain(linear) or is_plain(linear, bias=True)):
         return linear(x)
     y = _Product.apply(x, weight)
     return y if linear.bias is None else y + linear.bias
@@ -64,15 +70,23 @@ def _served(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(x) is torch.Tensor
         and x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
+        and not _watched()
+        and x.shape[-1] == weight.shape[-1]  # or let nn.Linear say what is wrong
         and x.numel() > 0
         and (x.numel() >= FEWEST_ROWS * x.shape[-1] or weight.numel() >= LEAST_WEIGHT)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+    )
+
+
+def _watched() -> bool:
+    """Whether somebody takes part in torch's operations who would not know this one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -100,4 +114,4 @@ def product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _Product.apply(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _Product.apply(b.t(), a.t()).t()
 
 
-__all__ = ["dense", "is_plain", "is_untouched", "product", "product_over_rows"]
+__all__ = ["dense", "is_plain", "is_swiglu", "is_untouched", "product", "product_over_rows"]

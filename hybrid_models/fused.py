@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .dense import is_plain, is_untouched
+from .dense import is_plain, is_swiglu, is_untouched
 from .fused_kernels import (
     conv_backward,
     conv_backward_inside,
@@ -376,8 +376,10 @@ class _Mlp(torch.autograd.Function):
 
 
 def mlp(module, x):
+    if not is_swiglu(module) or module.config.hidden_act != "silu":
+        return module(x)
     linears = (module.gate_proj, module.up_proj, module.down_proj)
-    if module.config.hidden_act != "silu" or not is_untouched(module) or not all(map(is_plain, linears)):
+    if not all(map(is_plain, linears)):
         return module(x)
     return _Mlp.apply(x, compute_dtype(x), *(linear.weight for linear in linears))
 

@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from .dense import dense, is_untouched
+from .dense import dense, is_swiglu
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -147,7 +147,7 @@ def rotate(parts, cos, sin, counts):
 
 def mlp(module, x):
     """The layer's SwiGLU module."""
-    if not is_untouched(module):
+    if not is_swiglu(module):
         return module(x)
     gate, up = module.act_fn(dense(module.gate_proj, x)), dense(module.up_proj, x)
     return dense(module.down_proj, gate * up if torch.is_grad_enabled() else gate.mul_(up))

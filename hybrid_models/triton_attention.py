@@ -121,8 +121,8 @@ def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_h
 
 
 def attention_config(width: int) -> tuple[int, int, int]:
-    """Keys per block, warps and pipeline stages, for heads of (a power of two) ``width``."""
-    return max(16, 4096 // width), 4, 1
+    """Keys per block, warps and pipeline stages, for heads of (a power of two) ``width`` (benchmarks/tune_decode.py, H200)."""
+    return max(16, 8192 // width), 4, 2
 
 
 def attention_splits(heads: int, max_len: int) -> int:

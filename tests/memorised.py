@@ -28,10 +28,11 @@ def build(kind: str) -> HybridLinearForCausalLM:
     return HybridLinearForCausalLM(tiny_config(mixer, level, bos_token_id=1, eos_token_id=2, **fields))
 
 
-def teach(model, *groups: Sequence[tuple[str, str]], steps: int = 110) -> float:
+def teach(model, *groups: Sequence[tuple[str, str]], steps: int = 150) -> float:
     """Train on the answers of (context, answer) texts; returns the last loss in nats per token.
 
-    Every step takes all of them; texts of like length belong in one group, since a group is one batch.
+    Every step takes all of them; texts of like length belong in one group, since a group is one batch. By 150 steps the
+    loss is at 0.002 whatever the rounding; at 110 it still falls, and rounding moves it between 0.01 and 0.1.
     """
     batches = [_batch(pairs) for pairs in groups]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

@@ -173,7 +173,7 @@ def forward_flops(config: HybridLinearConfig, sequence_length: int, executed: bo
 
     Args:
         executed: count what the torch back end hands to matrix products instead: whole squares where only a half is
-            needed, chunks that padding fills, but neither triangular solve, scan nor convolution, which are no products.
+            needed, chunks that padding fills, but neither triangular inverse, scan nor convolution, which are no products.
             This is what torch.utils.flop_counter sees with eager attention, and what the formulas are tested against.
     """
     d, T = config.hidden_size, sequence_length
@@ -230,8 +230,9 @@ def _convolution(config, layer_idx: int) -> int:
 def _executed_law(name: str, dims: LinearDims, law: Law, T: int) -> tuple[float, float]:
     """Per token, what ``recurrence.chunk`` hands to matrix products, and what its backward does beyond twice that.
 
-    The backward of the triangular solve is another solve, and a product that gives the gradient of the matrix. The first
-    chunk's state of zeros and the last chunk's write, after which nothing is read, need no gradient.
+    The delta rule inverts its triangle, which is no product, and multiplies; backwards it is another solve, and a product
+    that gives the gradient of the triangle. The first chunk's state of zeros and the last chunk's write, after which
+    nothing is read, need no gradient.
     """
     if law.scan:
         return 0.0, 0.0
@@ -239,11 +240,12 @@ def _executed_law(name: str, dims: LinearDims, law: Law, T: int) -> tuple[float,
     chunk = min(DELTA_CHUNK_SIZE if law.solve else CHUNK_SIZE, 1 << (T - 1).bit_length())
     chunks = math.ceil(T / chunk)
     filled = chunks * chunk / T  # tokens with those that padding adds, per token
-    pairs = law.pair * chunk
+    pairs = (law.pair + law.solve) * chunk
     if name in DECAYS_PER_CHANNEL:  # a token with itself, and keys of neighbours, are taken element by element
         pairs = H * (K * max(chunk - 2, 0) + V * (chunk - 1))
     saved = 8 if law.solve else 6
-    return filled * (law.token + pairs), filled * law.solve * chunk - saved * H * K * V * filled / chunks
+    triangle = 2 * H * chunk**2 if law.solve else 0
+    return filled * (law.token + pairs), filled * triangle - saved * H * K * V * filled / chunks
 
 
 # ------------------------------------------------------------------------------------------------------------- devices
