@@ -18,13 +18,22 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .checks import ask
-from .dense import product, product_over_rows
+from .dense import is_plain, product, product_over_rows
 from .fused_kernels import cross_entropy_kernel
 from .pointwise import compute_dtype
 from .triton_kernels import triton
+
+try:
+    from torch.distributed.fsdp import FSDPModule
+except ImportError:  # a torch without distributed
+
+    class FSDPModule:
+        pass
+
 
 IGNORED = -100
 # Logits held at a time: enough to keep a GPU's matrix units busy, little beside the rest of a training step.
@@ -110,6 +119,35 @@ def linear_cross_entropy(
     return loss
 
 
+def head_cross_entropy(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """``linear_cross_entropy`` with the head's weight, of targets that ``check_targets`` has seen.
+
+    A head that FSDP2 shards is called for it, since its weight is whole only inside the call.
+    """
+
+    def loss(hidden):
+        return linear_cross_entropy(hidden, head.weight, targets, num_items_in_batch, checked=True)
+
+    if is_plain(head):
+        return loss(hidden)
+    head.forward = loss
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+
+
+def why_not_head(head: nn.Module) -> str | None:
+    """Why ``head_cross_entropy`` does not take this head, or None if it does."""
+    sharded = isinstance(head, FSDPModule) and isinstance(head, nn.Linear) and head.bias is None
+    hooks = max(map(len, (head._forward_hooks, head._forward_pre_hooks)))  # FSDP's own are one of each
+    if is_plain(head) or (sharded and hooks <= 1 and "forward" not in vars(head) and not head._backward_hooks):
+        return None
+    return "this lm_head is more than its weight (an adapter, a hook, a quantised layer)"
+
+
 def check_targets(targets: torch.Tensor, vocab_size: int) -> Callable[[], None]:
     """Ask (see ``checks``) whether every target is -100 or a token id below ``vocab_size``.
 
@@ -132,4 +170,4 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-__all__ = ["check_targets", "linear_cross_entropy", "shift"]
+__all__ = ["check_targets", "head_cross_entropy", "linear_cross_entropy", "shift", "why_not_head"]

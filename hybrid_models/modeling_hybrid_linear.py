@@ -40,7 +40,7 @@ from .checks import check_ids
 from .configuration_hybrid_linear import HybridLinearConfig
 from .decode_step import active_session
 from .decoding import HybridGenerationMixin
-from .dense import dense, is_plain, is_untouched
+from .dense import dense, is_untouched
 from .fused import OPERATIONS as FUSED
 from .kernels import operations
 from .layout import (
@@ -53,7 +53,7 @@ from .layout import (
     repeat_last_valid,
 )
 from .loading import StrictLoading
-from .loss import check_targets, linear_cross_entropy, shift
+from .loss import check_targets, head_cross_entropy, shift, why_not_head
 from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32
 from .pointwise import full_precision
 
@@ -379,7 +379,7 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         logits = loss = None
         if skip_logits:
             hidden_states, count = outputs.last_hidden_state.flatten(0, 1), kwargs.get("num_items_in_batch")
-            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, targets, count, checked=True)
+            loss = head_cross_entropy(self.lm_head, hidden_states, targets, count)
             settle()
         else:
             logits = dense(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -397,10 +397,9 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         """[B * T], and what raises if one is outside of the vocabulary (see ``checks``)."""
         if labels is None and shift_labels is None:
             raise ValueError("skip_logits=True leaves the loss alone, and without labels there is none: pass labels.")
-        if not is_plain(self.lm_head):
+        if (reason := why_not_head(self.lm_head)) is not None:
             raise ValueError(
-                "skip_logits=True multiplies by lm_head.weight itself, but this lm_head is more than that (an adapter, a "
-                "hook, a quantised layer): leave skip_logits out."
+                f"skip_logits=True multiplies by lm_head.weight itself, but {reason}: leave skip_logits out."
             )
         targets = (shift(labels) if shift_labels is None else shift_labels).flatten()
         return targets, check_targets(targets, self.lm_head.weight.shape[0])

@@ -1,10 +1,12 @@
-"""Sharded as training/accelerate/fsdp2.yaml does it: torch's fully_shard of every layer and of the whole, over gloo.
+"""Sharded as training/accelerate/fsdp2.yaml does it, with torch's fully_shard, over gloo.
 
-accelerate has no FSDP on a CPU (it would be DDP), so the sharding is done here; the model and what it computes are the same.
+accelerate has no FSDP on a CPU (it would be DDP), so the sharding is done here, in the two ways that its versions have: every
+layer and the rest, or every layer, the embedding, norm and head as one (1.15's), and the rest.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 
@@ -22,18 +24,27 @@ MODELS = [("gated_delta_net", "3-1"), ("hgrn", "pure"), ("retnet", "3-1"), ("del
 STEPS, ROWS, TOKENS = 3, 4, 24
 
 
-def trained(mixer: str, level: str, checkpointing: bool, rank: int = 0, processes: int = 1) -> list[torch.Tensor]:
+def shard(model, processes: int, ends: bool) -> None:
+    mesh = init_device_mesh("cpu", (processes,))
+    for module in list(model.modules()):
+        if isinstance(module, HybridLinearDecoderLayer):
+            fully_shard(module, mesh=mesh)
+    if ends:
+        fully_shard(model.model.embed_tokens, mesh=mesh)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+
+
+def trained(
+    mixer: str, level: str, checkpointing: bool, ends: bool = False, rank: int = 0, processes: int = 1
+) -> list[torch.Tensor]:
     """The losses, and every parameter after the steps."""
     model = tiny_model(mixer, level, torch.float64, num_hidden_layers=3).train()
     names = [name for name, _ in model.named_parameters()]
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if processes > 1:
-        mesh = init_device_mesh("cpu", (processes,))
-        for module in list(model.modules()):
-            if isinstance(module, HybridLinearDecoderLayer):
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        shard(model, processes, ends)
     # Plain steps: an adaptive one blows rounding up where a gradient is nearly nothing.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +66,8 @@ def _one_process(rank: int, processes: int, port: int, directory: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
-    found = {(*model, again): trained(*model, again, rank, processes) for model in MODELS for again in (False, True)}
+    ways = itertools.product((False, True), (False, True))
+    found = {(*model, *way): trained(*model, *way, rank, processes) for way in ways for model in MODELS}
     torch.save(found, f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -70,11 +82,12 @@ def sharded(tmp_path_factory):
     return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mixer,level", MODELS)
-def test_two_shards_train_as_one(mixer, level, checkpointing, sharded):
+def test_two_shards_train_as_one(mixer, level, checkpointing, ends, sharded):
     losses, *parameters = trained(mixer, level, checkpointing)
-    halves = [found[mixer, level, checkpointing] for found in sharded]
+    halves = [found[mixer, level, checkpointing, ends] for found in sharded]
     # The same sums in another order, in float64 so that nothing else can hide there; measured below 1e-14.
     torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, losses, rtol=0, atol=1e-12)
     for half in halves:

@@ -163,17 +163,14 @@ def _code_of(device: str, law: str):
     """Inside, models on fake tensors take the code of a device, without what only real tensors, or a device, can do."""
     with ExitStack() as stack:
         put = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
-        for module in (
-            fused,
-            modeling_hybrid_linear,
-        ):  # a fake weight is no plain tensor; its layer is plain all the same
+        for module in (fused, loss):  # a fake weight is no plain tensor; its layer is plain all the same
             put(
                 module,
                 "is_plain",
                 lambda linear, bias=False: type(linear) is nn.Linear and (linear.bias is None) != bias,
             )
         put(modeling_hybrid_linear, "check_targets", lambda *_: lambda: None)  # there are no values to check
-        put(modeling_hybrid_linear, "linear_cross_entropy", _linear_cross_entropy)
+        put(loss, "linear_cross_entropy", _linear_cross_entropy)
         if device == "cuda":
             _leave_out_kernels(put)
             stack.enter_context(mock.patch.dict(loss.BLOCK_ELEMENTS, cpu=loss.BLOCK_ELEMENTS["cuda"]))
