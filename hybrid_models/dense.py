@@ -19,6 +19,14 @@ from torch import nn
 from torch.autograd import forward_ad
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+try:
+    from torch.distributed.fsdp import FSDPModule
+except ImportError:  # a torch without distributed
+
+    class FSDPModule:
+        pass
+
+
 FEWEST_ROWS, LEAST_WEIGHT = 16, 1 << 17  # below both, the call itself takes the time
 HAS_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # What torch's own compiler makes of a linear layer on the CPU: x [.., K], weight [N, K] -> [.., N].
@@ -114,4 +122,4 @@ def product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _Product.apply(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _Product.apply(b.t(), a.t()).t()
 
 
-__all__ = ["dense", "is_plain", "is_swiglu", "is_untouched", "product", "product_over_rows"]
+__all__ = ["FSDPModule", "dense", "is_plain", "is_swiglu", "is_untouched", "product", "product_over_rows"]

@@ -22,18 +22,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .checks import ask
-from .dense import is_plain, product, product_over_rows
+from .dense import FSDPModule, is_plain, product, product_over_rows
 from .fused_kernels import cross_entropy_kernel
 from .pointwise import compute_dtype
 from .triton_kernels import triton
-
-try:
-    from torch.distributed.fsdp import FSDPModule
-except ImportError:  # a torch without distributed
-
-    class FSDPModule:
-        pass
-
 
 IGNORED = -100
 # Logits held at a time: enough to keep a GPU's matrix units busy, little beside the rest of a training step.

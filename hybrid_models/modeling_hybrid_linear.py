@@ -40,7 +40,7 @@ from .checks import check_ids
 from .configuration_hybrid_linear import HybridLinearConfig
 from .decode_step import active_session
 from .decoding import HybridGenerationMixin
-from .dense import dense, is_untouched
+from .dense import FSDPModule, dense, is_untouched
 from .fused import OPERATIONS as FUSED
 from .kernels import operations
 from .layout import (
@@ -161,7 +161,13 @@ class HybridLinearPreTrainedModel(StrictLoading, PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the checkpoint also carries its code, for every Auto class that this family serves."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        found = type(self)
+        # transformers saves the code of the class that it finds, and FSDP2 gives sharded models one of torch's own.
+        self.__class__ = next(kind for kind in found.__mro__ if not issubclass(kind, FSDPModule))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = found
 
 
 class HybridLinearModel(KeepsFloat32, HybridLinearPreTrainedModel):

@@ -12,8 +12,9 @@ import socket
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hybrid_models.modeling_hybrid_linear import HybridLinearDecoderLayer
 from tests.common import VOCAB, tiny_model
@@ -69,6 +70,12 @@ def _one_process(rank: int, processes: int, port: int, directory: str) -> None:
     ways = itertools.product((False, True), (False, True))
     found = {(*model, *way): trained(*model, *way, rank, processes) for way in ways for model in MODELS}
     torch.save(found, f"{directory}/{rank}.pt")
+    model = tiny_model("hgrn", "3-1")
+    shard(model, processes, ends=True)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(f"{directory}/saved", state_dict=whole)
+    assert isinstance(model, FSDPModule)
     torch.distributed.destroy_process_group()
 
 
@@ -79,7 +86,7 @@ def sharded(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_one_process, (2, port, str(directory)), nprocs=2)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(directory / f"{rank}.pt") for rank in range(2)], directory / "saved"
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -87,9 +94,18 @@ def sharded(tmp_path_factory):
 @pytest.mark.parametrize("mixer,level", MODELS)
 def test_two_shards_train_as_one(mixer, level, checkpointing, ends, sharded):
     losses, *parameters = trained(mixer, level, checkpointing)
-    halves = [found[mixer, level, checkpointing, ends] for found in sharded]
+    halves = [found[mixer, level, checkpointing, ends] for found in sharded[0]]
     # The same sums in another order, in float64 so that nothing else can hide there; measured below 1e-14.
     torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, losses, rtol=0, atol=1e-12)
     for half in halves:
         for got, want in zip(half[1:], parameters, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_what_a_sharded_model_saves_is_the_model(sharded, tmp_path):
+    """fully_shard gives the model a class of torch's own, whose code a checkpoint must not carry in place of ours."""
+    tiny_model("hgrn", "3-1").save_pretrained(tmp_path)
+    files = {file.name for file in tmp_path.iterdir()}
+    assert {file.name for file in sharded[1].iterdir()} == files and "modeling_hybrid_linear.py" in files
+    for name in files:
+        assert (sharded[1] / name).read_bytes() == (tmp_path / name).read_bytes(), name
