@@ -52,6 +52,9 @@ class LinearLayer:
             for mine, now in zip(self.bounds, gate_bounds(self.base.lower_bounds, self.index), strict=True):
                 mine.copy_(now)
 
+    def moving(self) -> list:
+        return [self.state] if self.window is None else [self.state, self.window]
+
     def store(self, held, length, tokens):
         held.recurrent_states[0] = self.state.clone()
         if self.window is not None:
@@ -118,6 +121,9 @@ class AttentionLayer:
     def load(self, held):
         length = held.keys.shape[2]
         self.keys[:, :, :length], self.values[:, :, :length] = held.keys, held.values
+
+    def moving(self) -> list:
+        return []
 
     def store(self, held, length, tokens):
         held.keys, held.values = self.keys[:, :, :length].clone(), self.values[:, :, :length].clone()

@@ -127,6 +127,7 @@ class DecodeStep:
         eos: torch.Tensor | None,
         pad,
         probabilities: Callable | None = None,
+        exact: bool = False,
     ) -> torch.Tensor:
         """Tokens [batch, n], n <= limit, of greedy search or sampling.
 
@@ -135,6 +136,7 @@ class DecodeStep:
             positions: [batch] rotary positions of the first token.
             eos: token ids that end a row, or None; pad: what a finished row goes on with.
             probabilities: for sampling, from scores to probabilities; ``key`` tells one such function from another.
+            exact: leave states and length as they are when the library stops: before the last token returned.
 
         Raises:
             RuntimeError: a probability is not a number.
@@ -156,6 +158,7 @@ class DecodeStep:
         while done < limit and not (eos is not None and bool(self.finished.all())):
             # Asking the device whether all rows have finished waits for it; so only once in a while.
             block = min(STEPS_BETWEEN_CHECKS, limit - done)
+            kept = [x.clone() for x in self._moving()] if exact and eos is not None else None
             for _ in range(block):
                 before.append(None if probabilities is None else generator.get_state())
                 self._replay(key, lambda: self.run_token(probabilities))
@@ -169,7 +172,19 @@ class DecodeStep:
                 raise RuntimeError("Sampling met a probability that is not a number: the logits are inf or NaN.")
             if tokens.shape[1] < done:  # as if what came after the end had not been drawn
                 generator.set_state(before[tokens.shape[1]])
+        if exact and tokens.shape[1] < done:  # the last block once more, as far as it counts
+            for mine, old in zip(self._moving(), kept, strict=True):
+                mine.copy_(old)
+            if probabilities is not None:
+                generator.set_state(before[done - block])
+            for _ in range(tokens.shape[1] - (done - block)):
+                self._replay(key, lambda: self.run_token(probabilities))
         return tokens
+
+    def _moving(self) -> list[torch.Tensor]:
+        """What a token changes, but for keys and values, which are only added to."""
+        own = [self.ids, self.positions, self.length, self.produced, self.finished]
+        return own + [x for layer in self.layers for x in layer.moving()]
 
     def _generator(self) -> torch.Generator:
         device = self.ids.device
@@ -208,17 +223,27 @@ class _Session:
             return False
         return input_ids is not None and input_ids.shape[1] == 1
 
-    def decode(self, scores, positions, attention_mask, *options) -> torch.Tensor:
+    def decode(self, scores, positions, attention_mask, limit: int, *options) -> torch.Tensor:
         """As ``DecodeStep.decode``; attention_mask [batch, columns of the prompt] or None."""
+        self._begin(attention_mask, limit - 1)
+        tokens = self.step.decode(scores, positions, limit, *options)
+        self.tokens = tokens.shape[1] - 1
+        return tokens
+
+    def _begin(self, attention_mask, more: int) -> None:
+        columns = self.cache.get_seq_length() + more
+        if columns > self.step.max_len:  # on the device it would be a write past the buffers
+            raise RuntimeError(f"The decode step has room for {self.step.max_len} columns, and {columns} are wanted.")
         self.step.load(self.cache, attention_mask)
-        self.tokens += 1
-        return self.step.decode(scores, positions, *options)
 
     def __call__(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
         """Logits [batch, 1, vocab]."""
         if not self.tokens:
-            self.step.load(self.cache, None if attention_mask is None else attention_mask[:, :-1])
+            self.room = self.step.max_len - self.cache.get_seq_length()
+            self._begin(None if attention_mask is None else attention_mask[:, :-1], 1)
         self.tokens += 1
+        if self.tokens > self.room:
+            raise RuntimeError(f"The decode step has room for {self.step.max_len} columns, and they are full.")
         return self.step(input_ids[:, 0], position_ids[:, -1].expand(self.step.batch))[:, None]
 
 

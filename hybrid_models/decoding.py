@@ -99,16 +99,17 @@ class HybridGenerationMixin:
             return run(*arguments, **model_kwargs)
         cache = model_kwargs["past_key_values"]
         keep = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        columns = self._columns(generation_config, model_kwargs)
+        columns = self._columns(input_ids, generation_config, model_kwargs)
         probabilities = Probabilities(logits_processor) if generation_config.do_sample else None
         alone = probabilities.on_device if generation_config.do_sample else not logits_processor
-        alone = alone and not (keep or streamer or synced_gpus) and _only_length_and_eos(stopping_criteria)
+        alone = alone and not (generation_config.return_dict_in_generate or streamer or synced_gpus)
+        alone = alone and _only_length_and_eos(stopping_criteria)
         with session(self, cache, input_ids.shape[0], columns, keep_cache=keep) as current:
             if not alone:
                 return run(*arguments, **model_kwargs)
-            return self._decode_on_device(current, input_ids, generation_config, probabilities, model_kwargs)
+            return self._decode_on_device(current, input_ids, generation_config, probabilities, keep, model_kwargs)
 
-    def _decode_on_device(self, current, input_ids, generation_config, probabilities, model_kwargs):
+    def _decode_on_device(self, current, input_ids, generation_config, probabilities, keep, model_kwargs):
         """Greedy search or sampling without a word from the host between tokens."""
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
@@ -116,15 +117,16 @@ class HybridGenerationMixin:
         limit = generation_config.max_length - input_ids.shape[1]
         positions = (positions[:, -1] + 1).expand(input_ids.shape[0])
         eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
-        tokens = current.decode(scores, positions, mask, limit, eos, pad, probabilities)
+        tokens = current.decode(scores, positions, mask, limit, eos, pad, probabilities, keep)
         return torch.cat((input_ids, tokens), 1)
 
     @staticmethod
-    def _columns(generation_config, model_kwargs) -> int:
-        """The most that the cache may come to hold."""
+    def _columns(input_ids, generation_config, model_kwargs) -> int:
+        """The most that the cache may come to hold. max_length counts input_ids, of which the cache may hold the first."""
         embeds = model_kwargs.get("inputs_embeds")
         past = model_kwargs["past_key_values"].get_seq_length()
-        return past + generation_config.max_length + (0 if embeds is None else embeds.shape[1])
+        more = 0 if embeds is None else embeds.shape[1]
+        return generation_config.max_length + more + (0 if input_ids.shape[1] > past else past)
 
     def _why_not_captured(self, input_ids, generation_config, model_kwargs) -> str | None:
         """Why this call of generate() does not take the captured step, or None if it does."""
@@ -145,7 +147,7 @@ class HybridGenerationMixin:
             return "the cache records tokens for rollback"
         if generation_config.max_length is None:
             return "there is no maximum length"
-        return why_not(self, input_ids.shape[0], self._columns(generation_config, model_kwargs))
+        return why_not(self, input_ids.shape[0], self._columns(input_ids, generation_config, model_kwargs))
 
     @staticmethod
     def create_masks_for_generate(

@@ -122,7 +122,7 @@ def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_h
 
 def attention_config(width: int) -> tuple[int, int, int]:
     """Keys per block, warps and pipeline stages, for heads of (a power of two) ``width`` (benchmarks/tune_decode.py, H200)."""
-    return max(16, 8192 // width), 4, 2
+    return max(16, 16384 // width), 4, 2
 
 
 def attention_splits(heads: int, max_len: int) -> int:

@@ -114,20 +114,33 @@ def test_graph_is_reused_and_bounded(monkeypatch):
     assert model not in decode_step._steps
 
 
-def test_multi_turn_on_a_users_cache(monkeypatch):
+@pytest.mark.parametrize("alone", [True, False], ids=["on-the-device", "library-loop"])
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
+def test_multi_turn_on_a_users_cache(alone, sample, monkeypatch):
+    """Rows end inside a block of steps, and the cache goes on as if nothing had been computed after that."""
     from transformers import DynamicCache
 
     model = model_of("gated_delta_net", "3-1")
+    more = dict(
+        return_dict_in_generate=not alone,
+        output_logits=not alone,
+        do_sample=sample,
+        eos_token_id=list(range(3, 11)),
+        pad_token_id=0,
+    )
     ids, mask = batch_of(3)
     turn = torch.randint(3, 101, (3, 6), generator=torch.Generator().manual_seed(9)).cuda()
     results = []
     for captured in (False, True):
-        cache = DynamicCache(config=model.config)
-        out = generate(model, ids, mask, captured, monkeypatch, past_key_values=cache)
-        longer = torch.cat((out.sequences, turn), 1)
-        longer_mask = torch.cat((mask, mask.new_ones(3, longer.shape[1] - mask.shape[1])), 1)
-        results.append(generate(model, longer, longer_mask, captured, monkeypatch, past_key_values=cache).sequences)
-    assert torch.equal(*results)
+        for seed in (3, 4, 5):  # the first runs without a graph, the second captures
+            torch.manual_seed(seed)
+            cache, longer, longer_mask = DynamicCache(config=model.config), ids, mask
+            for _ in range(2):
+                out = generate(model, longer, longer_mask, captured, monkeypatch, past_key_values=cache, **more)
+                longer = torch.cat((out if alone else out.sequences, turn), 1)
+                longer_mask = torch.cat((mask, mask.new_ones(3, longer.shape[1] - mask.shape[1])), 1)
+            results.append((longer.tolist(), cache.get_seq_length()))
+    assert results[:3] == results[3:]
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["on-the-device", "library-loop"])

@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 pytest.importorskip("triton", reason="Triton is for Linux and Windows")
 
@@ -182,6 +183,67 @@ def test_sampling_draws_what_the_library_draws(ends, options, monkeypatch):
         states.append(torch.get_rng_state())
     assert torch.equal(*results) and torch.equal(*states)
     assert not ends or results[0].shape[1] < 18  # so that something was drawn in vain
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("mixer, level", [("gated_delta_net", "3-1"), ("hgrn", "pure")])
+def test_a_users_cache_holds_what_the_library_leaves(mixer, level, sample, monkeypatch):
+    """Two turns on one cache, padded, whose first turn ends inside a block of steps: nothing of what follows remains."""
+    monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))
+    model = tiny_model(mixer, level, torch.float32, num_hidden_layers=3)
+    prompt, turn = tokens(2, 6), tokens(2, 3, seed=1)
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0
+    monkeypatch.setenv("HYBRID_LINEAR_BACKEND", "torch")
+    torch.manual_seed(3)
+    options = dict(do_sample=sample, max_new_tokens=7, pad_token_id=0)
+    free = model.generate(prompt, attention_mask=mask, **options)
+    eos = sorted({int(free[0, 7]), int(free[1, 9])})
+    found = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("HYBRID_LINEAR_BACKEND", backend)
+        torch.manual_seed(3)
+        cache, ids, seen = DynamicCache(config=model.config), prompt, mask
+        for more in (turn, turn[:, :0]):
+            out = model.generate(ids, attention_mask=seen, past_key_values=cache, eos_token_id=eos, **options)
+            ids = torch.cat((out, more), 1)
+            seen = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            found.append((out, cache.get_seq_length(), copy.deepcopy(cache)))
+    assert found[0][0].shape[1] == 10  # of at most 13
+    for (ids, length, cache), (mine, my_length, my_cache) in zip(found[:2], found[2:]):
+        assert torch.equal(mine, ids) and my_length == length == ids.shape[1] - 1
+        for a, b in zip(my_cache.layers, cache.layers, strict=True):
+            pairs = [(a.keys, b.keys), (a.values, b.values)]
+            if hasattr(a, "recurrent_states"):
+                pairs = [(a.recurrent_states[0], b.recurrent_states[0]), (a.conv_states[0], b.conv_states[0])]
+            for x, y in pairs:
+                if x is not None or y is not None:
+                    torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_a_cache_is_given_the_room_it_needs_once(monkeypatch):
+    """max_length counts the tokens that the cache holds already."""
+    monkeypatch.setattr(decoding, "why_not", lambda model, *_: why_not_shape(model))
+    monkeypatch.setenv("HYBRID_LINEAR_BACKEND", "triton")
+    model, prompt = tiny_model("gla", "3-1", torch.float32, num_hidden_layers=3), tokens(1, 200)
+    cache = model(prompt[:, :-1], use_cache=True).past_key_values
+    model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    ((_, max_len),) = decode_step._steps[model]
+    assert max_len == 256
+
+
+def test_more_tokens_than_room_are_refused(monkeypatch):
+    model, prompt = tiny_model("gla", "3-1", torch.float32, num_hidden_layers=3), tokens(1, 8)
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        with decode_step.session(model, cache, 1, 16, keep_cache=False) as current:
+            current.step.max_len = 10
+            with pytest.raises(RuntimeError, match="room for 10 columns"):
+                current.decode(torch.zeros(1, 101), torch.tensor([8]), None, 4, None, torch.tensor(0))
+            for _ in range(2):
+                current(prompt[:, :1], torch.tensor([[8]]), None)
+            with pytest.raises(RuntimeError, match="room for 10 columns"):
+                current(prompt[:, :1], torch.tensor([[10]]), None)
 
 
 def test_a_processor_of_ones_own_takes_the_librarys_loop(monkeypatch):
