@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .checks import ask
 from .dense import FSDPModule, is_plain, product, product_over_rows
@@ -30,6 +31,7 @@ from .triton_kernels import triton
 IGNORED = -100
 # Logits held at a time: enough to keep a GPU's matrix units busy, little beside the rest of a training step.
 BLOCK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 23}
+CACHE_ELEMENTS = 1 << 18  # a megabyte of float32
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -111,6 +113,53 @@ def linear_cross_entropy(
     return loss
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """Of logits that are there anyway: their gradient is made from them, and nothing else of their size is."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, scale):
+        ctx.save_for_backward(logits, targets, scale)
+        losses = [_block(logits[rows], targets[rows], scale, False)[0] for rows in _in_cache(logits)]
+        return torch.cat(losses).sum() * scale
+
+    @staticmethod
+    def backward(ctx, dloss):
+        logits, targets, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            share = (targets != IGNORED) * scale * dloss
+            right = F.one_hot(targets.clamp(min=0), logits.shape[1])
+            return ((logits.to(scale.dtype).softmax(-1) - right) * share[:, None]).to(logits.dtype), None, None
+        dlogits = torch.empty_like(logits)
+        for rows in _in_cache(logits):
+            _, dlogits[rows] = _block(logits[rows], targets[rows], scale * dloss, True)
+        return dlogits, None, None
+
+
+def _in_cache(logits: torch.Tensor) -> list[slice]:
+    """Rows to work on at a time, so that a block stays in the processor's cache between its passes."""
+    step = max(1, CACHE_ELEMENTS // logits.shape[1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
+def causal_lm_loss(
+    logits, labels, vocab_size, num_items_in_batch=None, ignore_index=IGNORED, shift_labels=None, **kwargs
+) -> torch.Tensor:
+    """transformers' ForCausalLMLoss, its arguments and value; on the CPU in half the memory and fewer passes.
+
+    Raises:
+        ValueError: a label outside of the vocabulary (on the CPU).
+    """
+    if logits.device.type != "cpu" or ignore_index != IGNORED or torch.compiler.is_compiling():
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    targets = (shift(labels) if shift_labels is None else shift_labels).to(logits.device).flatten()
+    settle = check_targets(targets, vocab_size)
+    count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    scale = 1.0 / torch.as_tensor(count, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    loss = _CrossEntropy.apply(logits.view(-1, vocab_size), targets, scale)
+    settle()
+    return loss
+
+
 def head_cross_entropy(
     head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
@@ -162,4 +211,4 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-__all__ = ["check_targets", "head_cross_entropy", "linear_cross_entropy", "shift", "why_not_head"]
+__all__ = ["causal_lm_loss", "check_targets", "head_cross_entropy", "linear_cross_entropy", "shift", "why_not_head"]

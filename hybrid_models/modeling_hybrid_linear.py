@@ -53,7 +53,7 @@ from .layout import (
     repeat_last_valid,
 )
 from .loading import StrictLoading
-from .loss import check_targets, head_cross_entropy, shift, why_not_head
+from .loss import causal_lm_loss, check_targets, head_cross_entropy, shift, why_not_head
 from .mixers import MIXER_CLASSES, GatedDeltaNet, HybridLinearRMSNorm, KeepsFloat32
 from .pointwise import full_precision
 
@@ -342,6 +342,8 @@ class HybridLinearForCausalLM(HybridLinearPreTrainedModel, HybridGenerationMixin
         self.model = HybridLinearModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if self.loss_type == "ForCausalLM":
+            self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple

@@ -112,7 +112,7 @@ def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_h
     B, HK, max_len, D = keys.shape
     splits = partial.shape[0] // (B * num_heads)
     BD = triton.next_power_of_2(D)
-    BT, warps, stages = config or attention_config(BD)
+    BT, warps, stages = config or attention_config(BD, max_len)
     _attend_kernel[(B * num_heads, splits)](
         y, keys, values, valid, length, position, inv_freq, partial, y.stride(0), max_len, D**-0.5, rope_scale,
         num_heads, HK, D, splits, BD, BT, stages, num_warps=warps, **early(y),
@@ -120,9 +120,12 @@ def attend(y, keys, values, valid, length, position, inv_freq, partial, o, num_h
     _merge_splits_kernel[(B * num_heads,)](partial, o, o.stride(0), num_heads, D, splits, BD, num_warps=2, **early(y))
 
 
-def attention_config(width: int) -> tuple[int, int, int]:
-    """Keys per block, warps and pipeline stages, for heads of (a power of two) ``width`` (benchmarks/tune_decode.py, H200)."""
-    return max(16, 16384 // width), 4, 2
+def attention_config(width: int, max_len: int) -> tuple[int, int, int]:
+    """Keys per block, warps and pipeline stages, for heads of (a power of two) ``width`` (benchmarks/tune_decode.py, H200).
+
+    Large blocks read long contexts faster, but fill the shared memory, so that no kernel can begin beside them.
+    """
+    return max(16, (8192 if max_len <= 16384 else 16384) // width), 4, 2
 
 
 def attention_splits(heads: int, max_len: int) -> int:

@@ -16,6 +16,8 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is for Linux and Windows")
 
+from transformers.loss.loss_utils import ForCausalLMLoss
+
 from hybrid_models import attention, fused, loss, mixers, modeling_hybrid_linear, pointwise  # noqa: E402
 from hybrid_models.layout import TokenLayout  # noqa: E402
 from hybrid_models.mixers import HybridLinearRMSNorm, ShortConvolution  # noqa: E402
@@ -325,3 +327,37 @@ def test_what_leaves_a_layer_is_whole_where_somebody_looks(monkeypatch):
     assert left[3:] == [False] * 3
     for a, b in zip([*got.hidden_states, got.logits, *seen], [*want.hidden_states, want.logits, want.hidden_states[2]]):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "more", [{}, {"num_items_in_batch": torch.tensor(37)}, {"num_items_in_batch": 11}, {"shift_labels": True}]
+)
+def test_loss_of_logits_is_the_librarys(more, dtype, close, monkeypatch):
+    """Value and gradient, in blocks of 3 rows; bfloat16 to the rounding of a gradient in bfloat16."""
+    monkeypatch.setattr(loss, "CACHE_ELEMENTS", 3 * 50)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 50, (2, 11)).masked_fill(torch.rand(2, 11) < 0.3, -100)
+    if more.get("shift_labels") is not None:
+        more = {"shift_labels": labels.roll(-1, 1)}
+    found = []
+    for function in (loss.causal_lm_loss, ForCausalLMLoss):
+        logits = (3 * torch.randn(2, 11, 50, generator=torch.Generator().manual_seed(1))).to(dtype).requires_grad_()
+        value = function(logits, labels, 50, **more)
+        (2 * value).backward()
+        assert value.dtype == torch.float32 and logits.grad.dtype == dtype
+        found.append((value.detach(), logits.grad.float()))
+    torch.testing.assert_close(*found, rtol=close, atol=close * found[1][1].abs().max().item())
+
+
+def test_loss_of_logits_twice_differentiable():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1, 2, -100, 4], [0, 6, 5, 3]])
+    function = lambda logits: loss.causal_lm_loss(logits, labels, 7)  # noqa: E731
+    assert torch.autograd.gradcheck(function, logits) and torch.autograd.gradgradcheck(function, logits)
+
+
+def test_loss_of_logits_names_a_label_that_does_not_exist():
+    with pytest.raises(ValueError, match="below 7"):
+        loss.causal_lm_loss(torch.zeros(1, 2, 7), torch.tensor([[1, 7]]), 7)

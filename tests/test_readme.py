@@ -71,14 +71,16 @@ def test_the_sentences_on_speed_say_what_the_result_files_do():
         for level in ("6-1", "full")
         for tokens in ("32768", "131072")
     }
+    at |= {("llama", tokens): context["peers"]["llama"][tokens]["decode_ms"] for tokens in ("32768", "131072")}
     waits = [sum(row[part] for part in ("import_s", "build_s", "first_s"))
              for phase in ("generation", "training") for row in cold[phase].values()]  # fmt: skip
     imports = next(iter(cold["generation"].values()))["import_s"]
     text = " ".join(TEXT.split())
     for said in (
         f"take {fla[0]:.0f} and {fla[1]:.0f} ms a token, and transformers' Llama of their sizes {llama[0]:.0f} and {llama[1]:.0f}.",
-        f"With 32,768 tokens behind it a token of the 6-1 hybrid takes {at['6-1', '32768']:.2f} ms and one of the "
-        f"Transformer {at['full', '32768']:.2f}; with 131,072, {at['6-1', '131072']:.2f} and {at['full', '131072']:.1f}.",
+        f"With 32,768 tokens behind it a token of the 6-1 hybrid takes {at['6-1', '32768']:.2f} ms, one of our Transformer "
+        f"{at['full', '32768']:.2f} and one of Llama {at['llama', '32768']:.1f}; with 131,072, {at['6-1', '131072']:.2f}, "
+        f"{at['full', '131072']:.2f} and {at['llama', '131072']:.1f}.",
         f"comes after {waits[0]:.1f} s, {imports:.1f} of them imports",
         f"ends after {waits[1]:.0f} s with GatedDeltaNet and {waits[2]:.0f} s with GLA",
     ):
