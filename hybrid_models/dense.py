@@ -61,7 +61,11 @@ def is_swiglu(module: nn.Module) -> bool:
 def dense(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``linear(x)``."""
     weight = getattr(linear, "weight", None)
-    if weight is None or not _served(x, weight) or not (is_plain(linear) or is_plain(linear, bias=True)):
+    if (
+        not isinstance(weight, torch.Tensor)
+        or not _served(x, weight)
+        or not (is_plain(linear) or is_plain(linear, bias=True))
+    ):
         return linear(x)
     y = _Product.apply(x, weight)
     return y if linear.bias is None else y + linear.bias
@@ -78,7 +82,8 @@ def _served(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(x) is torch.Tensor
         and x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
-        and not _watched()
+        and not is_transformed()
+        and not torch._C._len_torch_dispatch_stack()  # fake tensors, FLOP counters, and other watchers of torch's operations
         and x.shape[-1] == weight.shape[-1]  # or let nn.Linear say what is wrong
         and x.numel() > 0
         and (x.numel() >= FEWEST_ROWS * x.shape[-1] or weight.numel() >= LEAST_WEIGHT)
@@ -87,12 +92,11 @@ def _served(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _watched() -> bool:
-    """Whether somebody takes part in torch's operations who would not know this one."""
+def is_transformed() -> bool:
+    """Whether torch compiles, traces, or takes derivatives in ways that an autograd Function does not know."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -122,4 +126,13 @@ def product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _Product.apply(a.t(), b.t()) if a.shape[1] <= b.shape[1] else _Product.apply(b.t(), a.t()).t()
 
 
-__all__ = ["FSDPModule", "dense", "is_plain", "is_swiglu", "is_untouched", "product", "product_over_rows"]
+__all__ = [
+    "FSDPModule",
+    "dense",
+    "is_plain",
+    "is_swiglu",
+    "is_transformed",
+    "is_untouched",
+    "product",
+    "product_over_rows",
+]

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .checks import ask
-from .dense import FSDPModule, is_plain, product, product_over_rows
+from .dense import FSDPModule, is_plain, is_transformed, product, product_over_rows
 from .fused_kernels import cross_entropy_kernel
 from .pointwise import compute_dtype
 from .triton_kernels import triton
@@ -149,7 +149,7 @@ def causal_lm_loss(
     Raises:
         ValueError: a label outside of the vocabulary (on the CPU).
     """
-    if logits.device.type != "cpu" or ignore_index != IGNORED or torch.compiler.is_compiling():
+    if logits.device.type != "cpu" or ignore_index != IGNORED or is_transformed():
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     targets = (shift(labels) if shift_labels is None else shift_labels).to(logits.device).flatten()
     settle = check_targets(targets, vocab_size)

@@ -146,6 +146,9 @@ def test_other_dtypes_and_kinds_of_layer():
     with pytest.raises(RuntimeError, match="shape"):
         dense(nn.Linear(16, 8), x)
 
+    quantised = torch.ao.nn.quantized.dynamic.Linear(32, 8)  # whose weight is a method
+    assert dense(quantised, x).shape == (64, 8)
+
     class Twice(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)

@@ -358,6 +358,13 @@ def test_loss_of_logits_twice_differentiable():
     assert torch.autograd.gradcheck(function, logits) and torch.autograd.gradgradcheck(function, logits)
 
 
+def test_loss_of_logits_under_torch_func():
+    logits, labels = torch.randn(2, 4, 7), torch.tensor([[1, 2, -100, 4], [0, 6, 5, 3]])
+    gradient = torch.func.grad(lambda logits: loss.causal_lm_loss(logits, labels, 7))(logits)
+    right = torch.func.grad(lambda logits: ForCausalLMLoss(logits, labels, 7))(logits)
+    torch.testing.assert_close(gradient, right)
+
+
 def test_loss_of_logits_names_a_label_that_does_not_exist():
     with pytest.raises(ValueError, match="below 7"):
         loss.causal_lm_loss(torch.zeros(1, 2, 7), torch.tensor([[1, 7]]), 7)
