@@ -149,7 +149,8 @@ def causal_lm_loss(
     Raises:
         ValueError: a label outside of the vocabulary (on the CPU).
     """
-    if logits.device.type != "cpu" or ignore_index != IGNORED or is_transformed():
+    elsewhere = logits.device.type != "cpu" or logits.dtype == torch.float64  # which the library rounds to float32
+    if elsewhere or ignore_index != IGNORED or is_transformed():
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     targets = (shift(labels) if shift_labels is None else shift_labels).to(logits.device).flatten()
     settle = check_targets(targets, vocab_size)

@@ -90,6 +90,20 @@ def test_the_sentences_on_speed_say_what_the_result_files_do():
     )
 
 
+def test_the_speed_on_a_cpu_is_that_of_the_result_file():
+    sizes = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["compare"].values()
+
+    def span(phase):
+        ratios = [size[phase]["times_as_fast"] for size in sizes]
+        return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+    text = " ".join(TEXT.split())
+    assert (
+        f"a prompt of 2048 tokens is {span('prefill')} times as fast, a training step on it {span('training_step')} times, "
+        f"a decoded token {span('decode_20_tokens')} times"
+    ) in text
+
+
 def test_training_speeds_are_those_of_the_result_file():
     result = json.loads((ROOT / "benchmarks/results/train_step.json").read_text())
     cells = r"^\| `([\w.-]+)` \| (\d+) \| (\d+) \| ([\d.]+) \| (\d+)% \| ([\d.]+) \| ([\d.]+) \|$"

@@ -169,10 +169,12 @@ def _code_of(device: str, law: str):
                 "is_plain",
                 lambda linear, bias=False: type(linear) is nn.Linear and (linear.bias is None) != bias,
             )
-        put(modeling_hybrid_linear, "check_targets", lambda *_: lambda: None)  # there are no values to check
+        for module in (loss, modeling_hybrid_linear):
+            put(module, "check_targets", lambda *_: lambda: None)  # there are no values to check
         put(loss, "linear_cross_entropy", _linear_cross_entropy)
         if device == "cuda":
             _leave_out_kernels(put)
+            put(loss, "is_transformed", lambda: True)  # the loss of logits is the library's
             stack.enter_context(mock.patch.dict(loss.BLOCK_ELEMENTS, cpu=loss.BLOCK_ELEMENTS["cuda"]))
             stack.enter_context(kernels.use_law(fla_law) if law == "fla" else nullcontext())
         yield
