@@ -1,8 +1,9 @@
-"""The language-modelling loss without the logits: projection and cross-entropy over a block of tokens at a time.
+"""The language-modelling loss, with logits and without: cross-entropy over a block of tokens at a time.
 
 Logits of a batch are its largest tensor by far: 32 sequences of 2048 tokens over a vocabulary of 32000 take 4 GiB in bfloat16,
 and their gradient as much again. Here a block's logits become a loss and a gradient at once and are forgotten; the
-gradient is known up to the scale that the backward brings.
+gradient is known up to the scale that the backward brings. Where logits are returned, ``causal_lm_loss`` is the library's loss
+without the other tensors of their size.
 
     >>> import torch
     >>> from hybrid_models.loss import linear_cross_entropy
@@ -153,12 +154,10 @@ def causal_lm_loss(
     if elsewhere or ignore_index != IGNORED or is_transformed():
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     targets = (shift(labels) if shift_labels is None else shift_labels).to(logits.device).flatten()
-    settle = check_targets(targets, vocab_size)
+    check_targets(targets, vocab_size)
     count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     scale = 1.0 / torch.as_tensor(count, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
-    loss = _CrossEntropy.apply(logits.view(-1, vocab_size), targets, scale)
-    settle()
-    return loss
+    return _CrossEntropy.apply(logits.view(-1, vocab_size), targets, scale)
 
 
 def head_cross_entropy(

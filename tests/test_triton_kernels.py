@@ -101,6 +101,16 @@ VARIANTS = {
 }
 
 
+def assert_same_cache(mine, cache):
+    for a, b in zip(mine.layers, cache.layers, strict=True):
+        pairs = [(a.keys, b.keys), (a.values, b.values)]
+        if hasattr(a, "recurrent_states"):
+            pairs = [(a.recurrent_states[0], b.recurrent_states[0]), (a.conv_states[0], b.conv_states[0])]
+        for x, y in pairs:
+            if x is not None or y is not None:
+                torch.testing.assert_close(x, y, **CLOSE)
+
+
 @pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_step_is_the_models_own(variant, rows):
@@ -122,13 +132,7 @@ def test_step_is_the_models_own(variant, rows):
             torch.testing.assert_close(got, want, **CLOSE)
         step.store(mine, 2)
     assert mine.get_seq_length() == cache.get_seq_length() == 11
-    for a, b in zip(mine.layers, cache.layers, strict=True):
-        pairs = [(a.keys, b.keys), (a.values, b.values)]
-        if hasattr(a, "recurrent_states"):
-            pairs = [(a.recurrent_states[0], b.recurrent_states[0]), (a.conv_states[0], b.conv_states[0])]
-        for x, y in pairs:
-            if x is not None or y is not None:
-                torch.testing.assert_close(x, y, **CLOSE)
+    assert_same_cache(mine, cache)
 
 
 @pytest.mark.parametrize("which", ["none", "one row", "all rows", "first token"])
@@ -212,13 +216,7 @@ def test_a_users_cache_holds_what_the_library_leaves(mixer, level, sample, monke
     assert found[0][0].shape[1] == 10  # of at most 13
     for (ids, length, cache), (mine, my_length, my_cache) in zip(found[:2], found[2:]):
         assert torch.equal(mine, ids) and my_length == length == ids.shape[1] - 1
-        for a, b in zip(my_cache.layers, cache.layers, strict=True):
-            pairs = [(a.keys, b.keys), (a.values, b.values)]
-            if hasattr(a, "recurrent_states"):
-                pairs = [(a.recurrent_states[0], b.recurrent_states[0]), (a.conv_states[0], b.conv_states[0])]
-            for x, y in pairs:
-                if x is not None or y is not None:
-                    torch.testing.assert_close(x, y, **CLOSE)
+        assert_same_cache(my_cache, cache)
 
 
 def test_a_cache_is_given_the_room_it_needs_once(monkeypatch):
