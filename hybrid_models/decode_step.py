@@ -167,17 +167,18 @@ class DecodeStep:
         if eos is not None:
             ended = (tokens[:, :, None] == self.eos).any(2).int().cummax(1).values.bool().all(0)
             tokens = tokens[:, : int(ended.int().argmax()) + 1] if bool(ended.any()) else tokens
-        if probabilities is not None:
-            if not bool(self.sound):
-                raise RuntimeError("Sampling met a probability that is not a number: the logits are inf or NaN.")
-            if tokens.shape[1] < done:  # as if what came after the end had not been drawn
-                generator.set_state(before[tokens.shape[1]])
-        if exact and tokens.shape[1] < done:  # the last block once more, as far as it counts
-            for mine, old in zip(self._moving(), kept, strict=True):
-                mine.copy_(old)
+        if probabilities is not None and not bool(self.sound):
+            raise RuntimeError("Sampling met a probability that is not a number: the logits are inf or NaN.")
+        if (
+            count := tokens.shape[1]
+        ) < done:  # as if what came after the end had not been: no number drawn, no state changed
+            start = done - block if exact else count
             if probabilities is not None:
-                generator.set_state(before[done - block])
-            for _ in range(tokens.shape[1] - (done - block)):
+                generator.set_state(before[start])
+            if exact:
+                for mine, old in zip(self._moving(), kept, strict=True):
+                    mine.copy_(old)
+            for _ in range(start, count):
                 self._replay(key, lambda: self.run_token(probabilities))
         return tokens
 
@@ -225,25 +226,26 @@ class _Session:
 
     def decode(self, scores, positions, attention_mask, limit: int, *options) -> torch.Tensor:
         """As ``DecodeStep.decode``; attention_mask [batch, columns of the prompt] or None."""
-        self._begin(attention_mask, limit - 1)
+        self._begin(attention_mask)
+        self._claim(limit - 1)
         tokens = self.step.decode(scores, positions, limit, *options)
         self.tokens = tokens.shape[1] - 1
         return tokens
 
-    def _begin(self, attention_mask, more: int) -> None:
-        columns = self.cache.get_seq_length() + more
-        if columns > self.step.max_len:  # on the device it would be a write past the buffers
-            raise RuntimeError(f"The decode step has room for {self.step.max_len} columns, and {columns} are wanted.")
+    def _begin(self, attention_mask) -> None:
+        self.room = self.step.max_len - self.cache.get_seq_length()
         self.step.load(self.cache, attention_mask)
+
+    def _claim(self, tokens: int) -> None:
+        if tokens > self.room:  # on the device it would be a write past the buffers
+            raise RuntimeError(f"The decode step has room for {self.step.max_len} columns; more are wanted.")
 
     def __call__(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
         """Logits [batch, 1, vocab]."""
         if not self.tokens:
-            self.room = self.step.max_len - self.cache.get_seq_length()
-            self._begin(None if attention_mask is None else attention_mask[:, :-1], 1)
+            self._begin(None if attention_mask is None else attention_mask[:, :-1])
         self.tokens += 1
-        if self.tokens > self.room:
-            raise RuntimeError(f"The decode step has room for {self.step.max_len} columns, and they are full.")
+        self._claim(self.tokens)
         return self.step(input_ids[:, 0], position_ids[:, -1].expand(self.step.batch))[:, None]
 
 
